@@ -1,0 +1,35 @@
+"""Shared by all tests: no network, one thread, and a torchvision that imports beside a CPU-only torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
+
+
+def _declare_torchvision_operators() -> None:
+    """Declare the operators that torchvision's Python registers fakes for; without them its import fails.
+
+    Only where its compiled extension does not load, as with the PyPI wheel beside a CPU build of torch.
+    Declared, not implemented: resizing and cropping need none of them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        global _library  # the declarations live as long as it does
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in (
+            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        ):
+            _library.define(schema)
+
+
+_declare_torchvision_operators()

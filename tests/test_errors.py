@@ -1,0 +1,84 @@
+"""Bad input gets one sentence that names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss
+
+X = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "words"),
+    [
+        ((X, X[:3], 1.0), {}, ValueError, "text_features: got 3 rows, want at least 4"),
+        ((X, X[:, :7], 1.0), {}, ValueError, "text_features: got 7 features, want 8"),
+        ((X[0], X, 1.0), {}, ValueError, r"image_features: got shape \(8,\), want two dimensions"),
+        ((X, X[None], 1.0), {}, ValueError, r"text_features: got shape \(1, 4, 8\)"),
+        ((X.long(), X, 1.0), {}, TypeError, "image_features: got dtype torch.int64, want float16"),
+        ((X, X.to(torch.complex64), 1.0), {}, TypeError, "text_features: got dtype torch.complex64"),
+        (([[1.0]], X, 1.0), {}, TypeError, "image_features: got list, want a tensor"),
+        ((X, X.to("meta"), 1.0), {}, ValueError, "text_features: got device meta, want cpu"),
+        ((X, X, 0.0), {}, ValueError, "logit_scale: got 0.0, want a finite float > 0"),
+        ((X, X, -2), {}, ValueError, "logit_scale: got -2"),
+        ((X, X, math.inf), {}, ValueError, "logit_scale: got inf"),
+        ((X, X, math.nan), {}, ValueError, "logit_scale: got nan"),
+        ((X, X, None), {}, TypeError, "logit_scale: got NoneType, want a finite float > 0 or a 0-dim tensor"),
+        ((X, X, torch.ones(1)), {}, ValueError, r"logit_scale: got a torch.float32 tensor of shape \(1,\)"),
+        ((X, X, torch.tensor(3)), {}, ValueError, "logit_scale: got a torch.int64 tensor"),
+        ((X, X, 1.0), {"smoothing": 1.5}, ValueError, r"smoothing: got 1.5, want a float in \[0, 1\]"),
+        ((X, X, 1.0), {"smoothing": -0.1}, ValueError, "smoothing: got -0.1"),
+        ((X, X, 1.0), {"smoothing": math.nan}, ValueError, "smoothing: got nan"),
+        ((X, X, 1.0), {"smoothing": "some"}, TypeError, "smoothing: got str"),
+        ((X, X, 1.0), {"noise_std": -1.0}, ValueError, "noise_std: got -1.0, want a finite float >= 0"),
+        ((X, X, 1.0), {"noise_std": math.inf}, ValueError, "noise_std: got inf"),
+        ((X, X, 1.0), {"noise_std": None}, TypeError, "noise_std: got NoneType"),
+        (
+            (X, X, 1.0),
+            {"group_ids": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"group_ids: got shape \(3,\), want \[4\]",
+        ),
+        (
+            (X, X, 1.0),
+            {"group_ids": torch.zeros(4)},
+            TypeError,
+            "group_ids: got dtype torch.float32, want int64",
+        ),
+        ((X, X, 1.0), {"group_ids": [0, 1, 2, 3]}, TypeError, "group_ids: got list, want an int64 tensor"),
+        ((X, X, 1.0), {"backend": "cuda"}, ValueError, "backend: got 'cuda', want \"auto\" or one of"),
+        ((X, X, 1.0), {"process_group": object()}, NotImplementedError, "process_group: "),
+    ],
+)
+def test_one_clear_sentence(args, kwargs, error, words) -> None:
+    with pytest.raises(error, match=words) as caught:
+        modest_align_loss(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_available_backends_give_reasons_that_an_explicit_choice_raises() -> None:
+    backends = available_backends("cpu")
+    assert set(backends) == {"eager", "native", "triton"}
+    assert backends["eager"] is None
+    for name, reason in backends.items():
+        if reason is None:
+            assert math.isfinite(modest_align_loss(X, X, 1.0, backend=name))
+        else:
+            with pytest.raises(RuntimeError) as caught:
+                modest_align_loss(X, X, 1.0, backend=name)
+            assert reason in str(caught.value)
+
+
+def test_module_without_a_scale() -> None:
+    with pytest.raises(ValueError, match="logit_scale: got none, want one in the call or an owned one"):
+        ModestAlignLoss()(X, X)
+    with pytest.raises(ValueError, match="learn_scale: got True without logit_scale"):
+        ModestAlignLoss(learn_scale=True)
+    with pytest.raises(ValueError, match="logit_scale: got -1, want a finite float > 0"):
+        ModestAlignLoss(logit_scale=-1)
+    with pytest.raises(ValueError, match="want one or the other"):
+        ModestAlignLoss(logit_scale=10.0, learn_scale=True)(X, X, 10.0)

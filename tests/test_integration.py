@@ -1,0 +1,136 @@
+"""What surrounds a loss in practice: torch.compile, autocast, activation checkpointing, the operators' contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from modest_align_kernels import ModestAlignLoss, modest_align_loss, reference
+from modest_align_kernels.autograd import ContrastiveLoss
+from modest_align_kernels.testing import Case, make_features, value_and_grads
+
+CASE = Case("", 24, 24, 16)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **loss) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = torch.nn.Linear(16, 12), torch.nn.Linear(16, 12)
+        self.loss = ModestAlignLoss(**{"logit_scale": 14.3, "learn_scale": True, **loss})
+
+    def forward(self, x, y, group_ids=None):
+        return self.loss(self.image(x), self.text(y), group_ids=group_ids)
+
+
+def grads_of(model, *args):
+    model.zero_grad()
+    loss = model(*args)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_compiles_once_for_all_batch_sizes_and_seeds(groups: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Model(noise_std=0.1, smoothing=0.1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for rows in (24, 10, 17):
+        x, y = make_features(Case("", rows, rows, 16), torch.float32)
+        args = (x, y, torch.arange(rows) % 7) if groups else (x, y)
+        torch.manual_seed(rows)
+        expected = grads_of(model, *args)
+        torch.manual_seed(rows)
+        got = grads_of(compiled, *args)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(got[0], grads_of(compiled, *args)[0]), "each call draws fresh noise"
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    model = Model(noise_std=0.0, smoothing=0.1)
+    x, y = make_features(CASE, torch.float32)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(grads_of(compiled, x, y), grads_of(model, x, y), rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_gives_a_float32_loss_from_16_bit_operands() -> None:
+    x, y = make_features(CASE, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = modest_align_loss(x, y, 14.3)
+        outputs = ContrastiveLoss.apply(
+            x, y, torch.tensor(14.3), None, None, None, 0.0, False, True, torch.bfloat16, "eager"
+        )
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, outputs[0])
+    assert outputs[1].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_no_trace_in_float64() -> None:
+    x, y = make_features(CASE, torch.float64)
+    expected = value_and_grads(reference.modest_align_loss, x, y, CASE)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_grads(modest_align_loss, x, y, CASE)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_training_step_under_autocast() -> None:
+    model = Model(noise_std=0.0, smoothing=0.1)
+    x, y = make_features(CASE, torch.float32)
+    expected, exact = grads_of(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.zero_grad()
+        loss = model(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    for parameter, grad in zip(model.parameters(), exact, strict=True):
+        assert (parameter.grad - grad).norm() <= 5e-2 * grad.norm() + 1e-4
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_noise(use_reentrant: bool) -> None:
+    x, y = (t.requires_grad_() for t in make_features(CASE, torch.float32))
+    loss_fn = ModestAlignLoss(noise_std=0.3, logit_scale=10.0)
+    torch.manual_seed(1)
+    plain = loss_fn(x, y)
+    expected = torch.autograd.grad(plain, (x, y))
+    torch.manual_seed(1)
+    loss = checkpoint(loss_fn, x, y, use_reentrant=use_reentrant)
+    loss.backward()
+    assert torch.equal(loss, plain)
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(y.grad, expected[1])
+
+
+def test_operators_keep_their_contracts() -> None:
+    x, y = make_features(Case("", 6, 9, 8), torch.float32)
+    scale, ids = torch.tensor(10.0), torch.arange(6) % 4
+    op = torch.ops.modest_align
+    seed = torch.tensor(7)
+    checks = ("test_schema", "test_faketensor")
+    eager = {"backend": "eager"}
+    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, torch.bfloat16), eager, test_utils=checks)
+    x_hat, inv_norm = op.perturb_normalize(x, None, 0, 0.0, False, torch.float32, **eager)
+    y_hat, _ = op.perturb_normalize(y, None, 1, 0.0, False, torch.float32, **eager)
+    torch.library.opcheck(op.contrastive_stats, (x_hat, y_hat, scale, ids, True), eager, test_utils=checks)
+    _, row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, True, **eager)
+    for want_x, want_y in ((True, True), (False, True), (True, False)):
+        args = (x_hat, y_hat, scale, row_lse, col_lse, None, want_x, want_y)
+        torch.library.opcheck(op.contrastive_grads, args, eager, test_utils=checks)
+    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, 8), scale, torch.bfloat16)
+    torch.library.opcheck(op.perturb_normalize_backward, args, eager, test_utils=checks)
+
+
+def test_no_gradient_no_saved_tensors() -> None:
+    x, y = make_features(CASE, torch.float32)
+    x.requires_grad_()
+    with torch.no_grad():
+        loss = modest_align_loss(x, y, 10.0)
+    assert not loss.requires_grad

@@ -1,0 +1,318 @@
+"""The loss and its gradients: exact in float64, within the error budget below it, in every regime."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modest_align_kernels import available_backends, modest_align_loss, reference
+from modest_align_kernels.backends import eager
+from modest_align_kernels.testing import (
+    CASES,
+    Case,
+    assert_within_budget,
+    make_features,
+    make_group_ids,
+    poisoned_memory,
+    value_and_grads,
+)
+
+BACKENDS = [name for name, reason in available_backends("cpu").items() if reason is None]
+SMALL_BLOCKS = Case("several ragged blocks", 70, 150, 24, groups=20)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+def loss_on(backend: str):
+    def loss(*args, **kwargs):
+        return modest_align_loss(*args, backend=backend, **kwargs)
+
+    return loss
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Blocks so small that a test has several of them, the last ones ragged."""
+    monkeypatch.setattr(eager, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(eager, "BLOCK_COLUMNS", 32)
+    monkeypatch.setattr(eager, "NORMALIZE_ROWS", 8)
+
+
+def assert_exact(loss_fn, case: Case, rtol: float = 1e-10) -> None:
+    x, y = make_features(case, torch.float64)
+    truth = value_and_grads(reference.modest_align_loss, x, y, case)
+    ours = value_and_grads(loss_fn, x, y, case)
+    for name, expected in truth.items():
+        assert ours[name].dtype == expected.dtype
+        error = (ours[name] - expected).norm() / expected.norm().clamp_min(1e-3)
+        assert error <= rtol, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_in_float64(case: Case) -> None:
+    assert_exact(loss_on("eager"), case)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale", [14.3, 100.0, 1000.0])
+def test_exact_over_ragged_blocks(small_blocks, scale: float, symmetric: bool) -> None:
+    for rows, columns in ((15, 15), (16, 32), (17, 33), (70, 150)):
+        for groups in (0, 9):
+            case = Case("blocks", rows, columns, 24, scale=scale, groups=groups, symmetric=symmetric)
+            assert_exact(loss_on("eager"), case)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_equals_cross_entropy_and_its_gradients(label_smoothing: float) -> None:
+    x, y = (t.requires_grad_() for t in make_features(Case("", 48, 48, 16), torch.float64))
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    logits = scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+    target = torch.arange(48)
+    expected = sum(F.cross_entropy(s, target, label_smoothing=label_smoothing) for s in (logits, logits.T)) / 2
+    loss = modest_align_loss(x, y, scale, smoothing=label_smoothing * 47 / 48)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = (torch.autograd.grad(value, (x, y, scale)) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [False, True])
+def test_gradcheck(groups: bool, symmetric: bool) -> None:
+    x, y = make_features(Case("", 5, 7, 3), torch.float64)
+    ids = torch.tensor([0, 1, 0, 2, 7]) if groups else None
+    inputs = [t.requires_grad_() for t in (x, y, *torch.tensor([5.0, 0.2], dtype=torch.float64))]
+
+    def loss(x, y, scale, smoothing):
+        return modest_align_loss(x, y, scale, smoothing=smoothing, group_ids=ids, symmetric=symmetric)
+
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
+    assert_within_budget(loss_on(backend), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_budget_over_ragged_blocks(small_blocks, dtype: torch.dtype) -> None:
+    assert_within_budget(loss_on("eager"), SMALL_BLOCKS, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_identical_rows_have_no_gradient(backend: str, dtype: torch.dtype) -> None:
+    case = Case("identical", 64, 64, 40, scale=100.0, geometry="identical")
+    x, y = make_features(case, dtype)
+    ours = value_and_grads(loss_on(backend), x, y, case)
+    assert float(ours["loss"]) == pytest.approx(math.log(64), rel=4e-3 if dtype == torch.bfloat16 else 1e-5)
+    unit_row = case.scale / case.rows
+    for name, features in (("image_features", x), ("text_features", y)):
+        relative = ours[name].double().norm(dim=1) * features.double().norm(dim=1) / unit_row
+        assert relative.max() <= 16 * torch.finfo(dtype).eps
+
+
+def test_opposite_pairs_at_scale_100_are_finite_and_right(backend: str) -> None:
+    # every cosine is -1: each row of logits is -100, far below what one shift for the whole matrix can hold
+    x = torch.ones(300, 8)
+    loss = modest_align_loss(x, -x, 100.0, backend=backend)
+    assert float(loss) == pytest.approx(math.log(300), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [60.0, 69.4, 78.0, 100.0, 138.0, 139.0, 200.0, 1e4])
+def test_around_the_limits_of_one_shift(backend: str, scale: float) -> None:
+    assert_within_budget(loss_on(backend), Case("shift", 40, 50, 32, scale=scale), torch.float32)
+    assert_within_budget(loss_on(backend), Case("shift", 40, 50, 32, scale=scale, geometry="antipodal"), torch.float32)
+
+
+def test_confident_rows_keep_their_relative_accuracy() -> None:
+    # 1 - p of about 1e-9: a softmax in float32 returns 0 here
+    x = torch.eye(8)
+    x_grad = x.clone().requires_grad_()
+    loss = modest_align_loss(x_grad, x, 23.0)
+    assert float(loss.detach()) == pytest.approx(7 * math.exp(-23), rel=1e-4)
+    truth = x.double().requires_grad_()
+    reference.modest_align_loss(truth, x.double(), 23.0).backward()
+    (grad,) = torch.autograd.grad(loss, x_grad)
+    torch.testing.assert_close(grad.double(), truth.grad, rtol=1e-4, atol=0)
+
+
+def test_empty_batch(backend: str) -> None:
+    x, y = torch.empty(0, 8, requires_grad=True), torch.empty(0, 8, requires_grad=True)
+    scale = torch.tensor(10.0, requires_grad=True)
+    loss = modest_align_loss(x, y, scale, smoothing=0.1, noise_std=0.1, backend=backend)
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == 0
+    loss.backward()
+    assert x.grad.shape == y.grad.shape == (0, 8)
+    assert float(scale.grad) == 0
+
+
+def test_empty_batch_with_extra_negatives(backend: str) -> None:
+    y = torch.randn(3, 8, requires_grad=True)
+    loss = modest_align_loss(torch.empty(0, 8), y, 10.0, backend=backend)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not y.grad.any()
+
+
+def test_zero_rows(backend: str) -> None:
+    x, y = make_features(Case("", 6, 6, 8), torch.float32)
+    x[2] = 0
+    y[4] = 0
+    ours = value_and_grads(loss_on(backend), x, y, Case("", 6, 6, 8))
+    truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), Case("", 6, 6, 8))
+    for name, expected in truth.items():
+        torch.testing.assert_close(ours[name].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_features_give_nan(backend: str) -> None:
+    x, y = make_features(Case("", 6, 6, 8), torch.float32)
+    x[3, 5] = math.nan
+    for scale in (10.0, 100.0, 1000.0):
+        assert math.isnan(modest_align_loss(x, y, scale, smoothing=0.1, backend=backend))
+
+
+@pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=4))[1:])
+def test_each_requires_grad_subset(backend: str, subset: tuple[bool, ...]) -> None:
+    values = (*make_features(Case("", 7, 9, 8), torch.float32), torch.tensor(12.0), torch.tensor(0.15))
+
+    def grads(loss_fn, values):
+        leaves = [v.detach().clone().requires_grad_(wanted) for v, wanted in zip(values, subset, strict=True)]
+        loss_fn(*leaves[:3], smoothing=leaves[3]).backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours = grads(loss_on(backend), values)
+    truth = grads(reference.modest_align_loss, [v.double() for v in values])
+    for got, expected in zip(ours, truth, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_strided_inputs(backend: str) -> None:
+    case = Case("", 12, 12, 16)
+    x, y = make_features(case, torch.float32)
+    contiguous = value_and_grads(loss_on(backend), x, y, case)
+    wide = torch.full((24, 40), math.nan)
+    wide[::2, 3:35:2] = x
+    column_major = y.T.contiguous().T
+    strided_x = wide[::2, 3:35:2].requires_grad_()
+    strided_y = column_major.requires_grad_()
+    loss = modest_align_loss(strided_x, strided_y, 14.3, smoothing=case.smoothing, backend=backend)
+    grads = torch.autograd.grad(loss, (strided_x, strided_y))
+    torch.testing.assert_close(loss, contiguous["loss"])
+    torch.testing.assert_close(grads, (contiguous["image_features"], contiguous["text_features"]))
+    expanded = x[:1].expand(12, 16)  # one row, stride 0
+    torch.testing.assert_close(
+        modest_align_loss(expanded, y, 14.3, backend=backend),
+        modest_align_loss(expanded.contiguous(), y, 14.3),
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.columns <= 70], ids=str)
+def test_every_output_is_written(backend: str, case: Case) -> None:
+    x, y = make_features(case, torch.float32)
+    clean = value_and_grads(loss_on(backend), x, y, case)
+    with poisoned_memory():
+        poisoned = value_and_grads(loss_on(backend), x, y, case)
+    for name, expected in clean.items():
+        assert torch.equal(poisoned[name], expected), name
+
+
+def test_runs_repeat_bit_for_bit(backend: str) -> None:
+    case = Case("", 600, 600, 40, groups=50)
+    x, y = make_features(case, torch.float32)
+    first, second = (value_and_grads(loss_on(backend), x, y, case) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_16_bit_features_get_gradients_of_their_dtype(backend: str) -> None:
+    x, y = make_features(Case("", 9, 12, 16), torch.bfloat16)
+    x.requires_grad_()
+    y = y.float().requires_grad_()
+    scale = torch.tensor(10.0, dtype=torch.float16, requires_grad=True)
+    loss = modest_align_loss(x, y, scale, backend=backend)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert (x.grad.dtype, y.grad.dtype, scale.grad.dtype) == (torch.bfloat16, torch.float32, torch.float16)
+
+
+def test_second_derivative_raises(backend: str) -> None:
+    x, y = make_features(Case("", 5, 5, 4), torch.float32)
+    for wanted in ((0,), (1,), (0, 1)):
+        inputs = [t.clone().requires_grad_(k in wanted) for k, t in enumerate((x, y))]
+        loss = modest_align_loss(*inputs, 10.0, smoothing=0.1, backend=backend)
+        grads = torch.autograd.grad(loss, [inputs[k] for k in wanted], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            sum(g.square().sum() for g in grads).backward()
+    scale = torch.tensor(10.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(modest_align_loss(x, y, scale, backend=backend), scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.backward()
+
+
+# Noise
+
+
+@pytest.mark.parametrize("relative_noise", [False, True])
+def test_noise_is_the_references(backend: str, relative_noise: bool, monkeypatch) -> None:
+    case = Case("", 30, 41, 21)
+    x, y = make_features(case, torch.float64)
+    seed = torch.tensor(123456789123456789)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: seed)
+    noise = {"noise_std": 0.3, "relative_noise": relative_noise}
+    expected = value_and_grads(lambda *a, **k: reference.modest_align_loss(*a, **k, **noise, seed=seed), x, y, case)
+    for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        if dtype == torch.float64 and backend != "eager":
+            continue
+        got = value_and_grads(lambda *a, **k: loss_on(backend)(*a, **k, **noise), x.to(dtype), y.to(dtype), case)
+        for name, value in expected.items():
+            error = (got[name].double() - value).norm() / value.norm()
+            assert error <= rtol, name
+
+
+def test_manual_seed_governs_the_noise(backend: str) -> None:
+    x, y = make_features(Case("", 8, 8, 16), torch.float32)
+
+    def draw() -> float:
+        return float(modest_align_loss(x, y, 10.0, noise_std=0.1, backend=backend))
+
+    torch.manual_seed(5)
+    first, second = draw(), draw()
+    torch.manual_seed(5)
+    assert (draw(), draw()) == (first, second)
+    assert first != second
+    state = torch.get_rng_state()
+    modest_align_loss(x, y, 10.0, noise_std=0.0, backend=backend)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_relative_noise_does_not_depend_on_the_rows_size(backend: str) -> None:
+    x, y = make_features(Case("", 8, 8, 16), torch.float32)
+    losses = []
+    for factor in (1.0, 64.0):
+        torch.manual_seed(0)
+        losses.append(modest_align_loss(factor * x, y, 10.0, noise_std=0.3, relative_noise=True, backend=backend))
+    torch.testing.assert_close(*losses)
+
+
+def test_group_ids_are_labels_not_indices(backend: str) -> None:
+    case = Case("", 20, 26, 8, groups=6)
+    x, y = make_features(case, torch.float32)
+    ids = make_group_ids(case)
+    renamed = torch.unique(ids, return_inverse=True)[1] * -(2**40) + 3
+    for dtype in (torch.int64, torch.int32):
+        small = torch.unique(ids, return_inverse=True)[1].to(dtype)
+        losses = [
+            modest_align_loss(x, y, 9.0, smoothing=0.2, group_ids=g, backend=backend) for g in (ids, renamed, small)
+        ]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)

@@ -1,0 +1,37 @@
+"""The B x N matrix never exists: peak memory grows with B, and stays far below the plain loss's."""
+
+from __future__ import annotations
+
+import torch
+
+from modest_align_kernels import modest_align_loss
+from modest_align_kernels.backends import eager
+from modest_align_kernels.testing import peak_extra_bytes
+
+
+def peak(rows: int, features: int = 64, **kwargs) -> int:
+    x, y = (torch.randn(rows, features, requires_grad=True) for _ in range(2))
+    return peak_extra_bytes(lambda: modest_align_loss(x, y, 14.3, **kwargs).backward())
+
+
+def test_peak_extra_bytes_sees_what_is_held() -> None:
+    assert peak_extra_bytes(lambda: torch.empty(1 << 20) + torch.ones(1 << 20)) == 3 * 4 << 20
+    assert peak_extra_bytes(lambda: len([torch.empty(1 << 20) for _ in range(4)])) >= 4 * 4 << 20
+
+
+def test_memory_grows_with_the_rows_not_with_their_square(monkeypatch) -> None:
+    monkeypatch.setattr(eager, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(eager, "BLOCK_COLUMNS", 256)
+    small, large = peak(1024), peak(4096)
+    assert large <= 4.1 * small
+    assert large <= 6 * 4096 * 64 * 4  # x_hat, y_hat, two sums, the gradients
+
+
+def test_options_do_not_bring_the_matrix_back() -> None:
+    matrix = 4096 * 4096 * 4
+    for kwargs in (
+        {"noise_std": 0.1},
+        {"smoothing": 0.1},
+        {"group_ids": torch.arange(4096) // 3, "smoothing": 0.1},
+    ):
+        assert peak(4096, **kwargs) <= 0.6 * matrix, kwargs
