@@ -1,0 +1,137 @@
+"""The trained part: an adapter for each modality, and the loss with its scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize
+
+from modest_align_kernels import ModestAlignLoss
+from modest_align_train.settings import Settings, read_settings
+
+# Rows embedded at once outside of training.
+_CHUNK = 8192
+
+
+class Block(nn.Module):
+    """Pre-norm residual block with an inverted bottleneck: x + W2 dropout(gelu(W1 layer_norm(x))).
+
+    Args:
+        width: Features in and out.
+        expansion: Hidden features in multiples of `width`.
+        dropout: Share of the hidden features dropped in training.
+    """
+
+    def __init__(self, width: int, expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, expansion * width)
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(expansion * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, width] to [n, width]."""
+        return x + self.contract(self.dropout(gelu(self.expand(self.norm(x)))))
+
+
+class Adapter(nn.Sequential):
+    """Projection to the shared width, residual blocks there, and a final norm.
+
+    The projection comes first so that the cost of a block follows the shared space, not the encoder: at 1,280
+    features a block would cost six times as much.
+
+    Args:
+        features: Features of the encoder's latents.
+        settings: Gives `embedding_dim`, `blocks`, `expansion` and `dropout`.
+    """
+
+    def __init__(self, features: int, settings: Settings) -> None:
+        width = settings.embedding_dim
+        super().__init__(
+            nn.LayerNorm(features),
+            nn.Linear(features, width),
+            *(Block(width, settings.expansion, settings.dropout) for _ in range(settings.blocks)),
+            nn.LayerNorm(width),
+        )
+        self.features = features
+
+
+class Aligner(nn.Module):
+    """Both adapters and the loss that owns the scale.
+
+    Args:
+        image_dim: Features of the image latents.
+        text_dim: Features of the text latents.
+        settings: Gives the shape of the adapters and the loss.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, settings: Settings) -> None:
+        super().__init__()
+        self.image_adapter = Adapter(image_dim, settings)
+        self.text_adapter = Adapter(text_dim, settings)
+        self.loss = ModestAlignLoss(
+            noise_std=settings.loss_noise_std,
+            smoothing=settings.smoothing,
+            logit_scale=settings.scale,
+            learn_scale=settings.learn_scale,
+            backend=settings.backend,
+        )
+
+    def embed_images(self, latents: Tensor) -> Tensor:
+        """Embed image latents as the encoder gave them, [n, image_dim] on any device.
+
+        Returns:
+            L2-normalised embeddings, fp32 [n, embedding_dim], on the aligner's device, without gradient and
+            as in `eval()` mode.
+
+        Raises:
+            ValueError: The latents have another number of features than those of the training.
+        """
+        return self._embed("image", self.image_adapter, latents)
+
+    def embed_texts(self, latents: Tensor) -> Tensor:
+        """Embed text latents [n, text_dim]; see `embed_images`."""
+        return self._embed("text", self.text_adapter, latents)
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor on the cosines, 0-dim, without gradient."""
+        if self.loss.log_scale is not None:
+            return self.loss.log_scale.detach().exp()
+        return torch.tensor(self.loss.logit_scale)
+
+    @torch.no_grad()
+    def _embed(self, name: str, adapter: Adapter, latents: Tensor) -> Tensor:
+        if latents.shape[-1] != adapter.features:
+            raise ValueError(f"{name} latents must have {adapter.features} features, got {latents.shape[-1]}")
+        was_training = adapter.training
+        adapter.eval()
+        device = next(adapter.parameters()).device
+        chunks = latents.split(_CHUNK)
+        embedded = [normalize(adapter(normalize(c.to(device).float(), dim=-1)), dim=-1) for c in chunks]
+        adapter.train(was_training)
+        return torch.cat(embedded)
+
+
+def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner:
+    """Load the best checkpoint of a run, in `eval()` mode.
+
+    Args:
+        run: Run directory.
+        device: Where to put it.
+
+    Raises:
+        FileNotFoundError: The run has no best checkpoint.
+    """
+    run = Path(run)
+    if not (run / "best.pt").is_file():
+        raise FileNotFoundError(f"{run} is not a trained run: it has no best.pt")
+    # A run trained with a backend that this machine lacks must still load.
+    settings = replace(Settings(**read_settings(run / "settings.toml")), backend="auto")
+    checkpoint = torch.load(run / "best.pt", map_location=device, weights_only=True)
+    aligner = Aligner(checkpoint["image_dim"], checkpoint["text_dim"], settings).to(device)
+    aligner.load_state_dict(checkpoint["model"])
+    return aligner.eval()

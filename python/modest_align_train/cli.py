@@ -1,0 +1,212 @@
+"""The command line: `modest-align` and `python -m modest_align_train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from modest_align_train.settings import Settings, read_settings
+
+# Modules that need torch are imported by the subcommands, so that --help is quick.
+
+_Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_Runs = Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...", help_behavior_hint="(required)")]
+_Query = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
+_Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+_Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+_OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+_OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+_OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        args: Words after the program's name; None takes those of the process.
+
+    Returns:
+        Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        config = _config_file(args) if args[:1] == ["train"] else None
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "demo": demo,
+                "extract": extract,
+                "train": _train(read_settings(config) if config else {}),
+                "evaluate": evaluate,
+                "search": search,
+                "report": report,
+            },
+            prog="modest-align",
+            description="Align two frozen encoders with few, noisy pairs.",
+            args=args,
+        )
+    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
+        print(f"modest-align: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"modest-align: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo(output: _Output = Path("demo_run"), *, seeds: int = 1, quick: bool = False) -> None:
+    """Extract, train, evaluate and report on the pairs that come with the project.
+
+    Args:
+        output: Directory for all of it.
+        seeds: Runs of each kind.
+        quick: A small part of it, to see that it works.
+    """
+    from modest_align_train.demo import demo as run_demo
+
+    run_demo(output, seeds=seeds, quick=quick)
+
+
+def extract(
+    source: _Source,
+    output: _Output,
+    *,
+    image_encoder: str = "efficientnet-lite0",
+    text_encoder: str = "all-MiniLM-L6-v2",
+    split: _OptionalStr = None,
+    image_column: _OptionalStr = None,
+    caption_column: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STR ...", help_behavior_hint="")] = (),
+    image_root: _OptionalPath = None,
+    batch_size: _OptionalInt = None,
+    device: str = "auto",
+) -> None:
+    """Turn images and captions into latents with two frozen encoders.
+
+    Args:
+        source: CSV, TSV, JSONL or Parquet, a WebDataset tar (or a glob or directory of them), or a
+            Karpathy-split JSON.
+        output: Directory of latents to write; an interrupted extraction goes on.
+        image_encoder: efficientnet-lite0, timm:NAME, open_clip:NAME:PRETRAINED or transformers:NAME.
+        text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or
+            transformers:NAME.
+        split: Put every image into this split; by default the source's, or 80/10/10 where it has none.
+        image_column: Column of a table with the image's path; found by its usual names if not given.
+        caption_column: Columns of a table with captions; found by their usual names if not given.
+        image_root: Folder that relative image paths start from; by default that of the source.
+        batch_size: Images a batch; by default what is fast on the device.
+        device: Where to encode: "auto", "cpu", "cuda".
+    """
+    from modest_align_train.extract import extract as run_extract
+
+    run_extract(
+        source,
+        output,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        split=split,
+        image_column=image_column,
+        caption_column=caption_column or None,
+        image_root=image_root,
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+def _train(values: dict[str, Any]) -> Callable[..., None]:
+    default = Settings(**{"latents": tyro.MISSING, "output": tyro.MISSING, **values})
+
+    def train(settings: Annotated[Settings, tyro.conf.arg(name="")] = default, *, config: _OptionalPath = None) -> None:
+        """Train the adapters on latents; an interrupted run goes on.
+
+        Args:
+            settings: See `Settings`.
+            config: TOML file with settings; those on the command line go first.
+        """
+        from modest_align_train.train import train as run_train
+
+        run = run_train(settings)
+        print(f"trained: {run}; next: modest-align evaluate {run}")
+
+    return train
+
+
+def evaluate(
+    run: _Run,
+    *,
+    latents: _OptionalPath = None,
+    split: str = "test",
+    bootstrap: int = 1000,
+    device: str = "auto",
+) -> None:
+    """Measure retrieval and calibration of a run.
+
+    Args:
+        run: Run directory of `train`.
+        latents: Directory of latents; by default the one that the run was trained on.
+        split: Split to evaluate.
+        bootstrap: Bootstrap replicates of the intervals.
+        device: Where to compute: "auto", "cpu", "cuda".
+    """
+    from modest_align_train.evaluate import evaluate as run_evaluate
+    from modest_align_train.evaluate import format_evaluation
+
+    result = run_evaluate(run, latents=latents, split=split, bootstrap=bootstrap, device=device)
+    print(format_evaluation(result))
+
+
+def search(
+    run: _Run,
+    query: _Query,
+    *,
+    latents: _OptionalPath = None,
+    split: _OptionalStr = None,
+    top: int = 10,
+    output: _OptionalPath = None,
+) -> None:
+    """Find images by a text, or captions by an image.
+
+    Args:
+        run: Run directory of `train`.
+        query: A text, or the path of an image file.
+        latents: Directory of latents to search; by default the one that the run was trained on.
+        split: Search this split only.
+        top: Hits to show.
+        output: Picture of the hits to write: .png, .pdf or .svg.
+    """
+    from modest_align_train.search import format_hits
+    from modest_align_train.search import search as run_search
+
+    print(format_hits(run_search(run, query, latents=latents, split=split, top=top, output=output)))
+
+
+def report(
+    runs: _Runs,
+    *,
+    output: Path = Path("report.html"),
+    title: str = "Alignment report",
+    latents: _OptionalPath = None,
+) -> None:
+    """Write one HTML page about one or several runs.
+
+    Args:
+        runs: Run directories of `train`.
+        output: The page.
+        title: Its heading.
+        latents: Directory of latents; by default the one that each run was trained on.
+    """
+    from modest_align_train.report import write_report
+
+    print(f"report: {write_report(runs, output, title=title, latents=latents)}")
+
+
+def _config_file(args: Sequence[str]) -> str | None:
+    """Value of --config: its settings are the defaults that the other words are parsed with."""
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if word == "--config":
+            return following
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None

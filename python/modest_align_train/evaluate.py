@@ -1,0 +1,378 @@
+"""Retrieval and calibration of a trained run, with bootstrap intervals over groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from modest_align_train.adapters import load_aligner
+from modest_align_train.devices import choose_device
+from modest_align_train.latents import Latents, atomic_path, load_latents, write_json
+from modest_align_train.settings import read_settings
+
+RECALL_AT = (1, 5, 10)
+BINS = 15
+
+# Similarities held at once: 256 MiB in fp32. Rows of queries are taken so that all candidates fit.
+_SIMILARITIES = 2**26
+# Bootstrap weights held at once.
+_WEIGHTS = 2**23
+
+Ranks = Mapping[str, Tensor]
+
+
+def evaluate(
+    run: Path | str,
+    *,
+    latents: Path | str | None = None,
+    split: str = "test",
+    bootstrap: int = 1000,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate the best checkpoint of a run; write `evaluation.json` and `ranks.safetensors` into it.
+
+    Recalls follow the protocol of COCO and Flickr30k: an image finds its best right caption, a caption its
+    best right image, where all of an equal group are right. Ties count against us: a wrong candidate that is
+    as similar as the best right one ranks before it.
+
+    Calibration takes one pair a group (its first image, that image's first caption), so that each query has
+    one right candidate, and the softmax over all of them at the run's own scale. ECE = sum_b n_b/n
+    |accuracy_b - confidence_b| over 15 bins of equal width of the highest probability (Guo et al., 2017).
+
+    Intervals are the 2.5 and 97.5 percentiles of a bootstrap that draws groups with replacement; those of the
+    calibration are freed of the bootstrap's bias, which for an ECE is large.
+
+    Args:
+        run: Run directory.
+        latents: Directory of latents; None is the one the run was trained on.
+        split: Split to evaluate.
+        bootstrap: Bootstrap replicates.
+        device: Where to embed and rank: "auto", "cpu", "cuda".
+
+    Returns:
+        What `evaluation.json` holds: recalls, ECE, confidence and accuracy in percent, median ranks (1 is the
+        best), NLL in nats.
+
+    Raises:
+        FileNotFoundError: The run has no best checkpoint, or there are no latents.
+        ValueError: The split has no images, or the latents have other numbers of features than the run's.
+    """
+    if bootstrap < 1:
+        raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
+    run = Path(run)
+    aligner = load_aligner(run, choose_device(device))
+    data = load_latents(latents or read_settings(run / "settings.toml")["latents"]).subset(split)
+    images, texts = aligner.embed_images(data.image), aligner.embed_texts(data.text)
+    ranks = retrieval_ranks(images, texts, data)
+    scale = float(aligner.scale)
+    result = {
+        "split": split,
+        "images": len(images),
+        "captions": len(texts),
+        "groups": int(data.group.max()) + 1,
+        "scale": scale,
+        **_retrieval(ranks, bootstrap),
+        "calibration": _calibration(*_one_pair_a_group(images, texts, data), scale, bootstrap),
+    }
+    with atomic_path(run / "ranks.safetensors") as temporary:
+        temporary.write_bytes(save(ranks))
+    write_json(run / "evaluation.json", result)
+    return result
+
+
+def best_ranks(queries: Tensor, candidates: Tensor, query_group: Tensor, candidate_group: Tensor) -> Tensor:
+    """Rank of the most similar right candidate of each query; 1 is the best.
+
+    Similarities are dot products; right is a candidate of the query's group. The rank is one more than the
+    number of wrong candidates that are at least as similar. NaN counts as the worst.
+
+    Args:
+        queries: [n, D].
+        candidates: [m, D].
+        query_group: int64 [n].
+        candidate_group: int64 [m].
+
+    Returns:
+        int64 [n].
+    """
+    ranks = []
+    rows = max(1, _SIMILARITIES // len(candidates))
+    for chunk, group in zip(queries.split(rows), query_group.split(rows), strict=True):
+        similarity = chunk @ candidates.T
+        right = group[:, None] == candidate_group
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        # Not >=, which would rank a NaN first.
+        ranks.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
+    return torch.cat(ranks)
+
+
+def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents) -> dict[str, Tensor]:
+    """Ranks both ways, on the CPU.
+
+    Args:
+        images: Embeddings [images, D].
+        texts: Embeddings [captions, D].
+        latents: What they were made from; gives the groups.
+
+    Returns:
+        `image_rank` and `image_group` [images], `text_rank` and `caption_group` [captions], all int64.
+    """
+    image_group = latents.group.to(images.device)
+    caption_group = image_group[latents.caption_image.to(images.device)]
+    return {
+        "image_rank": best_ranks(images, texts, image_group, caption_group).cpu(),
+        "text_rank": best_ranks(texts, images, caption_group, image_group).cpu(),
+        "image_group": image_group.cpu(),
+        "caption_group": caption_group.cpu(),
+    }
+
+
+def recalls(ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Recalls in percent as in `evaluate`, without intervals."""
+    found = {}
+    for name, key in (("image_to_text", "image_rank"), ("text_to_image", "text_rank")):
+        found[name] = {f"R@{k}": 100 * (ranks[key] <= k).double().mean().item() for k in RECALL_AT}
+    found["mean"] = {r: (found["image_to_text"][r] + found["text_to_image"][r]) / 2 for r in found["image_to_text"]}
+    return found
+
+
+def load_ranks(run: Path | str) -> dict[str, Tensor]:
+    """Load the `ranks.safetensors` that `evaluate` wrote into a run.
+
+    Raises:
+        FileNotFoundError: The run was not evaluated.
+    """
+    path = Path(run) / "ranks.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} has no ranks.safetensors: evaluate it first")
+    return load_file(path)
+
+
+def format_evaluation(result: Mapping[str, Any]) -> str:
+    """Lay out what `evaluate` returns as a small table with 95% intervals."""
+    lines = [
+        f"{result['split']}: {result['images']:,} images, {result['captions']:,} captions, "
+        f"{result['groups']:,} groups; in brackets 95% intervals",
+        f"{'':<15}{'R@1 %':>21}{'R@5 %':>21}{'R@10 %':>21}{'ECE %':>21}{'median rank':>21}",
+    ]
+    for name in ("image_to_text", "text_to_image", "mean"):
+        found = {**result[name], "ece": result["calibration"][name]["ece"]}
+        cells = [
+            f"{found[key]['value']:.1f} ({found[key]['low']:.1f}-{found[key]['high']:.1f})" if key in found else ""
+            for key in ("R@1", "R@5", "R@10", "ece", "median_rank")
+        ]
+        lines.append((f"{name.replace('_', ' '):<15}" + "".join(f"{cell:>21}" for cell in cells)).rstrip())
+    return "\n".join(lines)
+
+
+def mean_recall(ranks: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> dict[str, float]:
+    """R@k, the mean of both directions and of several runs (seeds) on the same images and captions.
+
+    Args:
+        ranks: Ranks of each run, as `load_ranks` gives them.
+        k: Of R@k.
+        bootstrap: Bootstrap replicates, which draw groups; the runs are taken as they are.
+
+    Returns:
+        `value`, `low` and `high` in percent.
+
+    Raises:
+        ValueError: The runs were not evaluated on the same images and captions, or there is none.
+    """
+    return _mean_hits([(1.0, ranks)], k, bootstrap)
+
+
+def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> dict[str, float]:
+    """How much higher the recall of the runs A is than that of the runs B on the same images and captions.
+
+    Both are resampled with the same groups, so that what is hard for both cancels.
+
+    Args:
+        a: Ranks of the runs A (seeds of one kind), as `load_ranks` gives them.
+        b: Ranks of the runs B.
+        k: The recall is R@k, the mean of both directions and of the runs.
+        bootstrap: Bootstrap replicates.
+
+    Returns:
+        `value`, `low` and `high` in percentage points; above 0 where A is better.
+
+    Raises:
+        ValueError: The runs were not evaluated on the same images and captions, or there are none.
+    """
+    return _mean_hits([(1.0, a), (-1.0, b)], k, bootstrap)
+
+
+def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap: int) -> dict[str, float]:
+    """Sum of the terms' signs times the mean hit rate of their runs, with an interval."""
+    if not all(runs for _, runs in terms):
+        raise ValueError("ranks must hold those of at least one run, got none")
+    first = terms[0][1][0]
+    for name in ("image_group", "caption_group"):
+        if not all(torch.equal(ranks[name], first[name]) for _, runs in terms for ranks in runs):
+            raise ValueError(f"the runs must be evaluated on the same images, but their {name} differ")
+
+    def hits(name: str) -> Tensor:
+        mean = [sign * torch.stack([ranks[name] <= k for ranks in runs]).double().mean(0) for sign, runs in terms]
+        return torch.stack(mean).sum(0)[:, None]
+
+    image_hits, text_hits = hits("image_rank"), hits("text_rank")
+
+    def statistics(weights: Tensor) -> Tensor:
+        image = _mean(image_hits, first["image_group"], weights)
+        return 50 * (image + _mean(text_hits, first["caption_group"], weights))
+
+    return _intervals(statistics, first["caption_group"], bootstrap)[0]
+
+
+def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
+    directions = (
+        ("image_to_text", "image_rank", "image_group"),
+        ("text_to_image", "text_rank", "caption_group"),
+    )
+    names = [f"R@{k}" for k in RECALL_AT]
+
+    def statistics(weights: Tensor) -> Tensor:
+        recall, median = [], []
+        for _, rank, group in directions:
+            hits = torch.stack([ranks[rank] <= k for k in RECALL_AT], dim=1).double()
+            recall.append(100 * _mean(hits, ranks[group], weights))
+            median.append(_median(ranks[rank], ranks[group], weights))
+        return torch.cat([recall[0], median[0], recall[1], median[1], (recall[0] + recall[1]) / 2], dim=1)
+
+    found = _intervals(statistics, ranks["caption_group"], bootstrap)
+    each = len(names) + 1
+    result = {
+        direction: dict(zip([*names, "median_rank"], found[i * each : (i + 1) * each], strict=True))
+        for i, (direction, _, _) in enumerate(directions)
+    }
+    return {**result, "mean": dict(zip(names, found[2 * each :], strict=True))}
+
+
+def _one_pair_a_group(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
+    caption_image, group = latents.caption_image, latents.group
+    image = _first_of_each(group)
+    caption = _first_of_each(caption_image)[image]
+    return images[image.to(images.device)], texts[caption.to(texts.device)]
+
+
+def _first_of_each(label: Tensor) -> Tensor:
+    """Position of the first 0, the first 1, ... in int64 [n]; each label from 0 must occur."""
+    first = torch.full((int(label.max()) + 1,), len(label), device=label.device)
+    return first.scatter_reduce(0, label, torch.arange(len(label), device=label.device), "amin")
+
+
+def calibrate(queries: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence, correctness and NLL of the softmax of scale * queries candidatesᵀ over the candidates.
+
+    Args:
+        queries: [n, D].
+        candidates: [n, D]; row i is the right one of query i.
+        scale: Factor on the dot products.
+
+    Returns:
+        On the CPU, fp64 [n] each: the highest probability; 1 where it is the right candidate's, else 0; minus
+        the log of the right candidate's probability.
+    """
+    found = []
+    rows = max(1, _SIMILARITIES // len(candidates))
+    right = torch.arange(len(queries), device=queries.device)
+    for chunk, target in zip(queries.split(rows), right.split(rows), strict=True):
+        log_probability = (scale * (chunk @ candidates.T)).log_softmax(1)
+        best, place = log_probability.max(1)
+        nll = -log_probability.gather(1, target[:, None])[:, 0]
+        found.append(torch.stack([best.exp(), place == target, nll]).double().cpu())
+    return tuple(torch.cat(found, dim=1))
+
+
+def _calibration(images: Tensor, texts: Tensor, scale: float, bootstrap: int) -> dict[str, Any]:
+    pairs = torch.arange(len(images))
+    directions = {
+        "image_to_text": calibrate(images, texts, scale),
+        "text_to_image": calibrate(texts, images, scale),
+    }
+    bins = {name: _bin(confidence) for name, (confidence, _, _) in directions.items()}
+
+    def statistics(weights: Tensor) -> Tensor:
+        found = []
+        for name, (confidence, correct, nll) in directions.items():
+            # The gap of each bin, weighted by its share of the queries.
+            gap = torch.zeros(len(pairs), BINS, dtype=torch.float64)
+            gap[pairs, bins[name]] = correct - confidence
+            ece = _mean(gap, pairs, weights).abs().sum(1, keepdim=True)
+            means = _mean(torch.stack([confidence, correct, nll], dim=1), pairs, weights)
+            found.append(torch.cat([100 * ece, 100 * means[:, :2], means[:, 2:]], dim=1))
+        return torch.cat([*found, (found[0] + found[1]) / 2], dim=1)
+
+    found = _intervals(statistics, pairs, bootstrap, unbias=True)
+    names = ("ece", "confidence", "accuracy", "nll")
+    result: dict[str, Any] = {"pairs": len(pairs)}
+    for i, name in enumerate((*directions, "mean")):
+        result[name] = dict(zip(names, found[4 * i : 4 * i + 4], strict=True))
+    for name, (confidence, correct, _) in directions.items():
+        result[name]["bins"] = [
+            {
+                "confidence": 100 * confidence[bins[name] == b].mean().item(),
+                "accuracy": 100 * correct[bins[name] == b].mean().item(),
+                "count": int((bins[name] == b).sum()),
+            }
+            for b in bins[name].unique().tolist()
+        ]
+    return result
+
+
+def _bin(confidence: Tensor) -> Tensor:
+    """Bin of each confidence among 15 of equal width, (0, 1/15] the first."""
+    return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+
+
+def _mean(values: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+    """Means of values fp64 [n, m] for each row of the groups' weights fp64 [r, groups]: [r, m]."""
+    groups = weights.shape[1]
+    sums = torch.zeros(groups, values.shape[1], dtype=torch.float64).index_add_(0, group, values)
+    counts = group.bincount(minlength=groups).double()
+    return (weights @ sums) / (weights @ counts)[:, None]
+
+
+def _median(ranks: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+    """Smallest rank that at least half of the (weighted) queries reach: [r, 1]."""
+    ordered, order = ranks.sort()
+    reached = weights[:, group[order]].cumsum(1)
+    place = torch.searchsorted(reached, reached[:, -1:] / 2)
+    return ordered[place].double()
+
+
+def _intervals(
+    statistics: Callable[[Tensor], Tensor], group: Tensor, replicates: int, *, unbias: bool = False
+) -> list[dict[str, float]]:
+    """Value and 95% interval of each statistic by a bootstrap over groups.
+
+    Args:
+        statistics: Maps weights of the groups, fp64 [r, groups], to [r, m].
+        group: Group of each of the most numerous items, int64 [n]: gives the number of groups and bounds the
+            memory.
+        replicates: Bootstrap replicates.
+        unbias: Shift the replicates so that their mean is the value: drawing pairs twice raises an ECE, by so
+            much that the value could lie below its own interval. No end of an interval is then below 0.
+    """
+    groups = int(group.max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    block = max(1, _WEIGHTS // len(group))
+    drawn = []
+    for first in range(0, replicates, block):
+        rows = min(block, replicates - first)
+        choice = torch.randint(groups, (rows, groups), generator=generator)
+        weights = torch.zeros(rows, groups, dtype=torch.float64)
+        drawn.append(statistics(weights.scatter_add_(1, choice, torch.ones_like(weights))))
+    value = statistics(torch.ones(1, groups, dtype=torch.float64))[0]
+    replicated = torch.cat(drawn)
+    if unbias:
+        replicated = (replicated - replicated.mean(0) + value).clamp_min(0)
+    low, high = replicated.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return [
+        {"value": v, "low": a, "high": b} for v, a, b in zip(value.tolist(), low.tolist(), high.tolist(), strict=True)
+    ]

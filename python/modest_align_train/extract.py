@@ -1,0 +1,327 @@
+"""Images and captions -> latents on disk, by frozen encoders, in shards that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from PIL import UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from modest_align_train.encoders import (
+    DEFAULT_IMAGE_ENCODER,
+    DEFAULT_TEXT_ENCODER,
+    ImageEncoder,
+    TextEncoder,
+    load_image_encoder,
+    load_text_encoder,
+    local_files,
+)
+from modest_align_train.latents import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    Latents,
+    Record,
+    load_latents,
+    open_image,
+    read_shard,
+    split_counts,
+    write_json,
+    write_shard,
+)
+from modest_align_train.sources import Skipped, find_files, fingerprint, read_source
+
+_PRINTED_SKIPS = 10
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def extract(
+    source: str | Path | Sequence[str | Path],
+    output: Path | str,
+    *,
+    image_encoder: str = DEFAULT_IMAGE_ENCODER,
+    text_encoder: str = DEFAULT_TEXT_ENCODER,
+    split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
+    image_root: Path | str | None = None,
+    batch_size: int | None = None,
+    shard_size: int = 2048,
+    device: str = "auto",
+    progress: bool = True,
+) -> Latents:
+    """Encode images and their captions with frozen encoders and store the latents.
+
+    An interrupted extraction goes on after its last whole shard when it is called again; a finished one of
+    the same source and encoders is loaded at once. Images that cannot be read are reported and left out.
+
+    Args:
+        source: Pairs of images and captions: .csv, .tsv, .jsonl, .parquet (a column with the image's path,
+            one or more with captions), WebDataset .tar, Karpathy .json; or a folder of tars, a glob, a list.
+        output: Folder for the latents; created if need be.
+        image_encoder: efficientnet-lite0, timm:NAME, open_clip:NAME:PRETRAINED or transformers:NAME.
+        text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or
+            transformers:NAME.
+        split: Put every image into this split (train, validation or test), whatever the source says. Without
+            it and without splits in the source, 80/10/10 by a hash of each image's group.
+        image_column: Column of a table with the image's path; found by its usual names if not given.
+        caption_column: Column or columns of a table with captions; found by their usual names if not given.
+        image_root: Folder that relative image paths start from; that of the source file if not given.
+        batch_size: Images a batch; what is fast on the device if not given.
+        shard_size: Images a shard: what an interruption can lose.
+        device: auto, cpu, cuda, ...
+        progress: Show a progress bar and say what was left out.
+
+    Returns:
+        The latents, on the CPU.
+
+    Raises:
+        ValueError: The source or an argument cannot be understood, no image can be read, or ``output`` holds
+            latents of something else.
+        FileNotFoundError: The source is not there.
+        ImportError: An encoder's package is missing.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    output = Path(output)
+    if output.is_file():
+        raise ValueError(f"output must be a folder, got the file {output}")
+    caption_column = [caption_column] if isinstance(caption_column, str) else list(caption_column or []) or None
+    files = find_files(source)
+    origin = {
+        "format_version": FORMAT_VERSION,
+        "image_encoder": image_encoder,
+        "image_encoder_fingerprint": fingerprint(local_files(image_encoder)),
+        "text_encoder": text_encoder,
+        "text_encoder_fingerprint": fingerprint(local_files(text_encoder)),
+        "source": [str(path) for path in files],
+        "source_fingerprint": fingerprint(files),
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "image_root": None if image_root is None else str(Path(image_root).absolute()),
+    }
+    say: Callable[[str], object] = tqdm.write if progress else lambda line: None
+    if _stored(output / MANIFEST, origin) is not None:
+        say(f"{output} holds the latents of this source and these encoders already")
+        return load_latents(output)
+    partial = _stored(output / PARTIAL_MANIFEST, origin)
+
+    contents = read_source(
+        files, split=split, image_column=image_column, caption_column=caption_column, image_root=image_root
+    )
+    say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
+    encode_images = load_image_encoder(image_encoder, device)
+    encode_texts = load_text_encoder(text_encoder, device)
+    output.mkdir(parents=True, exist_ok=True)
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink()
+    shards = _whole_shards(output, partial["shards"] if partial else [])
+    done = sum(shard["records"] for shard in shards)
+    if partial:
+        say(f"going on after an interruption: {done:,} images are there, in {len(shards)} whole shards")
+
+    report = _SkipReport(say)
+    report.add(contents.skipped)
+    todo = contents.records[done:]
+    started = perf_counter()
+    total = sum(1 + len(record.captions) for record in todo)
+    with tqdm(total=total, unit=" items", disable=not progress, smoothing=0.05) as bar:
+        for start in range(0, len(todo), shard_size):
+            records = todo[start : start + shard_size]
+            bar.set_description("images")
+            image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
+            report.add(unread)
+            bar.set_description("captions")
+            captions = [caption for record in kept for caption in record.captions]
+            text = _encode_captions(captions, encode_texts, bar.update)
+            counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
+            caption_image = torch.arange(len(kept)).repeat_interleave(counts)
+            entry = write_shard(output, len(shards), image, text, caption_image, kept)
+            shards.append({**entry, "records": len(records), "skipped": [asdict(one) for one in unread]})
+            write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
+            total -= sum(len(record.captions) for record in records) - len(text)
+            bar.total = total
+    report.close()
+
+    unread_fields = [one for shard in shards for one in shard["skipped"]]
+    if len(unread_fields) == len(contents.records):
+        (output / PARTIAL_MANIFEST).unlink()
+        first = unread_fields[0]
+        raise ValueError(
+            f"source has {len(contents.records):,} images, none of which could be read, the first being "
+            f"{first['location']}: {first['reason']} (relative paths start from image_root)"
+        )
+    unreadable = {one["location"] for one in unread_fields}
+    splits = split_counts([record for record in contents.records if record.location not in unreadable])
+    manifest = {
+        **origin,
+        "image_dim": encode_images.dim,
+        "text_dim": encode_texts.dim,
+        "images": sum(shard["images"] for shard in shards),
+        "captions": sum(shard["captions"] for shard in shards),
+        "splits": splits,
+        "split_rule": contents.split_rule,
+        "skipped": [asdict(one) for one in contents.skipped] + unread_fields,
+        "shards": [{key: shard[key] for key in ("name", "images", "captions", "sha256")} for shard in shards],
+    }
+    write_json(output / MANIFEST, manifest)
+    (output / PARTIAL_MANIFEST).unlink()
+    counts_said = ", ".join(f"{name} {count:,}" for name, count in splits.items())
+    say(
+        f"{manifest['images']:,} images ({counts_said}) and {manifest['captions']:,} captions in {output}, "
+        f"{perf_counter() - started:.0f} s"
+    )
+    return load_latents(output)
+
+
+def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """Read a manifest that is of the same origin; None if there is none.
+
+    Raises:
+        ValueError: It is of another source or other encoders.
+    """
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for key, wanted in origin.items():
+        if manifest.get(key) != wanted:
+            difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
+            if key.endswith("_fingerprint"):
+                difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
+            raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
+    return manifest
+
+
+def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the leading shards that are on disk as they were written."""
+    for count, shard in enumerate(shards):
+        try:
+            read_shard(output, shard)
+        except (FileNotFoundError, ValueError):
+            return shards[:count]
+    return shards
+
+
+def _encode_images(
+    records: Sequence[Record],
+    encoder: ImageEncoder,
+    batch_size: int | None,
+    progress: Callable[[int], object],
+) -> tuple[Tensor, list[Record], list[Skipped]]:
+    """Encode the images that can be read: latents [kept, Di], their records, and why not the others."""
+
+    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[Record], list[Skipped]]:
+        decoded = [_decode(record, encoder) for record in batch]
+        pixels = [one for one in decoded if isinstance(one, Tensor)]
+        return (
+            encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
+            [record for record, one in zip(batch, decoded, strict=True) if isinstance(one, Tensor)],
+            [Skipped(record.location, one) for record, one in zip(batch, decoded, strict=True) if isinstance(one, str)],
+        )
+
+    latents: list[Tensor] = []
+    kept: list[Record] = []
+    skipped: list[Skipped] = []
+    with _threads(encoder.device) as threads:
+        batches = _in_batches(records, batch_size or encoder.batch_size)
+        for batch_latents, batch_kept, batch_skipped in _map_in_order(encode, batches, threads):
+            latents.append(batch_latents)
+            kept += batch_kept
+            skipped += batch_skipped
+            progress(len(batch_kept) + len(batch_skipped))
+    return torch.cat(latents), kept, skipped
+
+
+def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object]) -> Tensor:
+    """Encode captions: n strings -> [n, Dt]; equal ones once, those of like length together."""
+    counts = Counter(captions)
+    by_length = sorted(counts, key=len)
+    latents = [torch.empty(0, encoder.dim)]
+    with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
+        batches = list(_in_batches(by_length, encoder.batch_size))
+        for batch, batch_latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
+            latents.append(batch_latents)
+            progress(sum(counts[caption] for caption in batch))
+    row = {caption: number for number, caption in enumerate(by_length)}
+    return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
+
+
+def _in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@contextmanager
+def _threads(device: torch.device) -> Iterator[int]:
+    """Say how many threads should work on batches, and on a CPU give each operator one of them.
+
+    One batch a thread, rather than all threads on one batch, saves the wait at the end of each of its small
+    operators; where other programs want the cores too, that wait made it 5 times as slow.
+    """
+    if device.type != "cpu":
+        yield min(16, os.cpu_count() or 1)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Map as ``Executor.map`` does, but with few items under way, so that memory stays bounded."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode(record: Record, encoder: ImageEncoder) -> Tensor | str:
+    try:
+        image = open_image(record.location)
+    except FileNotFoundError:
+        return "no such file"
+    except UnidentifiedImageError:
+        return "not an image"
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        return str(error) or type(error).__name__
+    return encoder.preprocess(image)
+
+
+class _SkipReport:
+    """Say what was left out, a line each, the first few of them."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say = say
+        self.count = 0
+
+    def add(self, skipped: Sequence[Skipped]) -> None:
+        for one in skipped[: max(0, _PRINTED_SKIPS - self.count)]:
+            self.say(f"skipped {one}")
+        self.count += len(skipped)
+
+    def close(self) -> None:
+        if self.count > _PRINTED_SKIPS:
+            self.say(f"skipped {self.count - _PRINTED_SKIPS:,} more; {MANIFEST} lists all")

@@ -1,0 +1,320 @@
+"""Latents on disk: what the frozen encoders gave for each image and caption, and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTIAL_MANIFEST = "manifest.partial.json"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what a person needs to know of it.
+
+    Attributes:
+        key: Unique name of the image.
+        captions: Its captions, in the order of their rows in ``Latents.text``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        group: Images of equal group show the same thing; an image that is alone has its key here.
+        location: Where the image's bytes are, ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    split: str
+    group: str
+    location: str
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of images and of their captions.
+
+    Attributes:
+        image: Image latents as the encoder gave them (not normalised), float32 [images, Di].
+        text: Caption latents, float32 [captions, Dt].
+        caption_image: Row of ``image`` that each caption describes, non-decreasing, int64 [captions].
+        group: The records' groups as consecutive integers from 0, int64 [images].
+        records: What each row of ``image`` is, [images].
+        image_encoder: Name of the encoder of ``image``.
+        text_encoder: Name of the encoder of ``text``.
+    """
+
+    image: Tensor
+    text: Tensor
+    caption_image: Tensor
+    group: Tensor
+    records: list[Record]
+    image_encoder: str
+    text_encoder: str
+
+    def subset(self, split: str) -> Latents:
+        """Return the images of one split and their captions, with ``caption_image`` and ``group`` renumbered.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+
+        Raises:
+            ValueError: No image is of that split.
+        """
+        rows = [row for row, record in enumerate(self.records) if record.split == split]
+        if not rows:
+            counts = ", ".join(f"{name} {count}" for name, count in split_counts(self.records).items())
+            raise ValueError(f"split must be one that has images ({counts}), got {split!r}")
+        device = self.image.device
+        image_rows = torch.tensor(rows, device=device)
+        new_row = torch.full((len(self.records),), -1, dtype=torch.int64, device=device)
+        new_row[image_rows] = torch.arange(len(rows), device=device)
+        caption_image = new_row[self.caption_image]
+        caption_rows = (caption_image >= 0).nonzero().flatten()
+        return replace(
+            self,
+            image=self.image[image_rows],
+            text=self.text[caption_rows],
+            caption_image=caption_image[caption_rows],
+            group=self.group[image_rows].unique(return_inverse=True)[1],
+            records=[self.records[row] for row in rows],
+        )
+
+    def to(self, device: torch.device | str) -> Latents:
+        """Return the same latents with every tensor on ``device``."""
+        return replace(
+            self,
+            image=self.image.to(device),
+            text=self.text.to(device),
+            caption_image=self.caption_image.to(device),
+            group=self.group.to(device),
+        )
+
+
+def split_counts(records: Sequence[Record]) -> dict[str, int]:
+    """Count the images of each split."""
+    return {split: sum(record.split == split for record in records) for split in SPLITS}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; it takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        # Without it a power cut can leave the new name on an empty file.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON by atomic rename."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shard(
+    directory: Path, index: int, image: Tensor, text: Tensor, caption_image: Tensor, records: Sequence[Record]
+) -> dict[str, Any]:
+    """Write one shard and return its manifest entry.
+
+    Args:
+        directory: Where to write ``shard-<index>.safetensors`` and ``.jsonl``; it must exist.
+        index: Number of the shard.
+        image: Image latents, float32 [images, Di].
+        text: Caption latents, float32 [captions, Dt].
+        caption_image: Row of ``image`` in this shard that each caption describes, int64 [captions].
+        records: One per image, [images].
+    """
+    name = f"shard-{index:05d}"
+    contents = {
+        f"{name}.safetensors": save_safetensors(
+            {"image": image.contiguous(), "text": text.contiguous(), "caption_image": caption_image}
+        ),
+        f"{name}.jsonl": "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records).encode(),
+    }
+    for file_name, content in contents.items():
+        with atomic_path(directory / file_name) as temporary:
+            temporary.write_bytes(content)
+    return {
+        "name": name,
+        "images": len(records),
+        "captions": len(text),
+        "sha256": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in contents.items()},
+    }
+
+
+def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor], list[Record]]:
+    """Read one shard, checked against its manifest entry.
+
+    Raises:
+        FileNotFoundError: One of its files is missing.
+        ValueError: One of its files is not the one that was written.
+    """
+    content = {}
+    for file_name, expected in entry["sha256"].items():
+        path = directory / file_name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: delete {directory} and extract again")
+        content[path.suffix] = path.read_bytes()
+        if hashlib.sha256(content[path.suffix]).hexdigest() != expected:
+            raise ValueError(f"{path} is damaged (its checksum differs): delete {directory} and extract again")
+    records = []
+    # Not splitlines(), which also breaks at separators that a caption may hold.
+    for line in content[".jsonl"].decode().split("\n")[:-1]:
+        fields = json.loads(line)
+        records.append(Record(**{**fields, "captions": tuple(fields["captions"])}))
+    return load_safetensors(content[".safetensors"]), records
+
+
+def load_latents(directory: Path | str) -> Latents:
+    """Load what ``extract`` wrote.
+
+    Args:
+        directory: The folder with ``manifest.json``.
+
+    Returns:
+        All its images and captions, on the CPU.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished latents.
+        ValueError: A file in it is damaged or of another format version.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
+        raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
+    images, captions = manifest["images"], manifest["captions"]
+    image = torch.empty(images, manifest["image_dim"])
+    text = torch.empty(captions, manifest["text_dim"])
+    caption_image = torch.empty(captions, dtype=torch.int64)
+    records: list[Record] = []
+    first_caption = 0
+    for entry in manifest["shards"]:
+        tensors, shard_records = read_shard(directory, entry)
+        first_image, last_caption = len(records), first_caption + len(tensors["text"])
+        image[first_image : first_image + len(shard_records)] = tensors["image"]
+        text[first_caption:last_caption] = tensors["text"]
+        caption_image[first_caption:last_caption] = tensors["caption_image"] + first_image
+        records += shard_records
+        first_caption = last_caption
+    number: dict[str, int] = {}
+    group = [number.setdefault(record.group, len(number)) for record in records]
+    return Latents(
+        image=image,
+        text=text,
+        caption_image=caption_image,
+        group=torch.tensor(group, dtype=torch.int64),
+        records=records,
+        image_encoder=manifest["image_encoder"],
+        text_encoder=manifest["text_encoder"],
+    )
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Where the members of a tar are.
+
+    Attributes:
+        members: Offset and size in bytes of each regular file, by name, in the order of the archive.
+        error: Why the archive could not be read to its end, None where it could.
+    """
+
+    members: dict[str, tuple[int, int]]
+    error: str | None
+
+
+def tar_index(path: Path | str) -> TarIndex:
+    """List an uncompressed tar; of a truncated one, what is whole.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not an uncompressed tar.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return _tar_index(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _tar_index(path: Path, modified_ns: int) -> TarIndex:
+    members: dict[str, tuple[int, int]] = {}
+    error = None
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            try:
+                for member in tar:
+                    if member.isfile() and member.offset_data + member.size <= size:
+                        members[member.name] = (member.offset_data, member.size)
+            except tarfile.TarError as reason:
+                error = str(reason)
+    except tarfile.TarError as reason:
+        raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
+    return TarIndex(members, error)
+
+
+def read_member(path: Path | str, member: str) -> bytes:
+    """Read one file of a tar by its name.
+
+    Raises:
+        FileNotFoundError: There is no such tar, or no such member in it.
+    """
+    index = tar_index(path)
+    if member not in index.members:
+        raise FileNotFoundError(f"{path} has no member {member!r}")
+    offset, size = index.members[member]
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def open_image(location: str) -> Image.Image:
+    """Open the image at a record's ``location``.
+
+    Args:
+        location: ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
+
+    Returns:
+        The whole image in mode RGB, upright (EXIF orientation applied), transparent pixels on white.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        OSError: It is not an image, or a truncated one.
+    """
+    path, is_member, member = location.partition(".tar::")
+    if is_member:
+        data = read_member(f"{path}.tar", member)
+    elif Path(location).is_file():
+        data = Path(location).read_bytes()
+    else:
+        raise FileNotFoundError(f"{location} does not exist")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

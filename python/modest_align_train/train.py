@@ -1,0 +1,382 @@
+"""Train the adapters of two frozen encoders on their latents."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from modest_align_train.adapters import Aligner, load_aligner
+from modest_align_train.devices import choose_device
+from modest_align_train.evaluate import recalls, retrieval_ranks
+from modest_align_train.latents import Latents, atomic_path, load_latents
+from modest_align_train.settings import Settings, read_settings
+
+__all__ = ["Aligner", "load_aligner", "train"]
+
+
+def train(settings: Settings, *, progress: bool = True) -> Path:
+    """Train, or go on with the interrupted run in `settings.output`.
+
+    Exact: on the CPU a run that was killed and started again gives the same losses, bit for bit, as one
+    that was not. Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt with a
+    sentence on how to go on.
+
+    Args:
+        settings: All of it.
+        progress: Print the settings, and show a progress bar.
+
+    Returns:
+        The run directory, with `settings.toml`, `log.jsonl`, `tensorboard/`, `last.pt` (to resume from) and
+        `best.pt` (the highest mean of R@1, R@5 and R@10, both ways, on the validation split).
+
+    Raises:
+        TypeError: A setting is of the wrong type.
+        ValueError: A setting is out of range, or differs from those of the run to resume.
+        FileNotFoundError: There are no latents.
+        FloatingPointError: The loss or a weight is no longer finite; the last good checkpoint is kept.
+    """
+    settings.check()
+    settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
+    run = settings.output
+    device = choose_device(settings.device)
+    checkpoint = _load_checkpoint(settings, device)
+    if checkpoint and checkpoint["step"] == settings.steps:
+        if progress:
+            print(f"{run} is finished: all its {settings.steps} steps are done")
+        return run
+    latents = load_latents(settings.latents)
+    validation = None
+    if any(record.split == "validation" for record in latents.records):
+        validation = latents.subset("validation").to(device)
+    else:
+        warnings.warn(
+            f"{settings.latents} has no validation split: the last checkpoint is taken for the best",
+            stacklevel=2,
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        with atomic_path(run / "settings.toml") as temporary:
+            temporary.write_text(settings.to_toml(), encoding="utf-8")
+    if progress:
+        print(settings.to_toml())
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        batches = Batches(latents.subset("train"), settings, device)
+        aligner = Aligner(latents.image.shape[1], latents.text.shape[1], settings).to(device)
+        parameters = [p for p in aligner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            fused=True,
+        )
+        step, best, seconds = 0, -1.0, 0.0
+        losses: list[Tensor] = []  # since the last line of the log; on the device, so that no step waits
+        if checkpoint:
+            aligner.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            batches.load_state_dict(checkpoint["batches"])
+            step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
+            losses = list(checkpoint["losses"].to(device))
+            _set_rng(checkpoint["rng"], device)
+        start = time.perf_counter() - seconds
+
+        with (
+            _open_log(run / "log.jsonl", checkpoint["log_bytes"] if checkpoint else 0) as log,
+            SummaryWriter(run / "tensorboard", purge_step=step + 1) as board,
+            tqdm(total=settings.steps, initial=step, desc=run.name, disable=not progress) as bar,
+            _ctrl_c() as interrupted,
+        ):
+            shown: dict[str, str] = {}
+            aligner.train()
+            while step < settings.steps:
+                step += 1
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, settings)
+                losses.append(_step(aligner, optimizer, *batches.draw(), settings))
+                bar.update()
+                stop = step == settings.steps or interrupted.is_set()
+
+                if step % settings.log_every == 0 or step == settings.steps:
+                    line = {
+                        "loss": math.fsum(_finite(losses, step, run)) / len(losses),
+                        "learning_rate": learning_rate(step, settings),
+                        "scale": float(aligner.scale),
+                        "seconds": time.perf_counter() - start,
+                    }
+                    losses.clear()
+                    log.write(json.dumps({"step": step, **line}) + "\n")
+                    log.flush()
+                    for name in ("loss", "learning_rate", "scale"):
+                        board.add_scalar(name, line[name], step)
+                    shown["loss"] = f"{line['loss']:.3f}"
+                    bar.set_postfix(shown)
+
+                if validation and (step % settings.validate_every == 0 or step == settings.steps):
+                    found = _validate(aligner, validation)
+                    score = sum(found["mean"].values()) / len(found["mean"])
+                    log.write(json.dumps({"step": step, "validation": found}) + "\n")
+                    log.flush()
+                    for direction, values in found.items():
+                        for name, value in values.items():
+                            board.add_scalar(f"validation/{direction}/{name}", value, step)
+                    shown["R@1"] = f"{found['mean']['R@1']:.1f}"
+                    bar.set_postfix(shown)
+                    if score > best:
+                        best = score
+                        _save_best(run, aligner, latents, step)
+
+                if step % settings.checkpoint_every == 0 or stop:
+                    pending = torch.tensor(_finite(losses, step, run))
+                    if not all(p.isfinite().all() for p in parameters):
+                        raise FloatingPointError(_not_finite("a weight", step, run))
+                    os.fsync(log.fileno())
+                    state = {
+                        "step": step,
+                        "best": best,
+                        "seconds": time.perf_counter() - start,
+                        "losses": pending,
+                        "log_bytes": log.tell(),
+                        "model": aligner.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "batches": batches.state_dict(),
+                        "rng": _get_rng(device),
+                    }
+                    if step == settings.steps and not validation:
+                        _save_best(run, aligner, latents, step)
+                    _save(state, run / "last.pt")
+                if stop:
+                    break
+    if step < settings.steps:
+        raise KeyboardInterrupt(f"stopped after step {step} of {settings.steps}: the same command goes on from there")
+    return run
+
+
+class Batches:
+    """Training pairs, and the batches drawn from them.
+
+    The latents stay on the training device if they take at most half of its free memory, otherwise in host
+    memory, from where batches travel by asynchronous copies.
+
+    Args:
+        latents: Of the training split.
+        settings: Gives `batch_size`, `shuffled_captions` and `seed`.
+        device: Where batches are wanted.
+    """
+
+    def __init__(self, latents: Latents, settings: Settings, device: torch.device) -> None:
+        size = latents.image.nbytes + latents.text.nbytes
+        fits = device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2
+        self.device = device
+        self.home = device if fits else torch.device("cpu")
+        self.generator = torch.Generator(self.home).manual_seed(settings.seed)
+        self.image = normalize(latents.image, dim=-1).to(self.home)
+        self.text = normalize(latents.text, dim=-1).to(self.home)
+        self.images = len(self.image)
+        self.batch_size = min(settings.batch_size, self.images)
+        # A batch holds an image once, so without larger groups no two of its pairs are of one group.
+        self.group = None if int(latents.group.max()) + 1 == self.images else latents.group.to(self.home)
+        count = latents.caption_image.bincount(minlength=self.images).to(self.home)
+        first = count.cumsum(0) - count
+        shuffled = torch.randperm(self.images, generator=self.generator, device=self.home)
+        shuffled = shuffled[: round(settings.shuffled_captions * self.images)]
+        # Handed round in a circle, so that none keeps its own.
+        self.count, self.first = count.clone(), first.clone()
+        self.count[shuffled], self.first[shuffled] = count[shuffled.roll(1)], first[shuffled.roll(1)]
+        self.order = shuffled[:0]
+        self.position = 0
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw unit-norm image latents [B, Di], text latents [B, Dt], and group ids int64 [B] or None.
+
+        Each epoch takes the images in a new order and leaves out the last partial batch; each image comes
+        with one of its captions.
+        """
+        if self.position + self.batch_size > len(self.order):
+            self.order = torch.randperm(self.images, generator=self.generator, device=self.home)
+            self.position = 0
+        rows = self.order[self.position : self.position + self.batch_size]
+        self.position += self.batch_size
+        choice = torch.randint(2**31, rows.shape, generator=self.generator, device=self.home)
+        captions = self.first[rows] + choice % self.count[rows]
+        group = None if self.group is None else self._send(self.group[rows])
+        return self._send(self.image[rows]), self._send(self.text[captions]), group
+
+    def _send(self, batch: Tensor) -> Tensor:
+        return batch if self.home == self.device else batch.pin_memory().to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here."""
+        return {"order": self.order, "position": self.position, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.order = state["order"].to(self.home)
+        self.position = state["position"]
+        self.generator.set_state(state["generator"].cpu())
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Learning rate of a step from 1: linear warm-up, then a cosine that would be 0 after the last step."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    progress = (step - 1 - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def fuse(image: Tensor, text: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """FuseMix (Vouitsis et al., 2024): mix each pair with another of the batch.
+
+    One share ~ Beta(alpha, alpha) a call, the same in both modalities. A share below 1/2 is the same as its
+    complement with the roles of the two pairs changed; taking the larger one keeps row i mostly pair i, and
+    so of its group.
+
+    Args:
+        image: [B, Di].
+        text: [B, Dt].
+        alpha: Above 0.
+    """
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    share = max(share, 1 - share)
+    partner = torch.randperm(len(image), device=image.device)
+    return image[partner].lerp(image, share), text[partner].lerp(text, share)
+
+
+def _step(
+    aligner: Aligner,
+    optimizer: torch.optim.Optimizer,
+    image: Tensor,
+    text: Tensor,
+    group: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """One optimiser step on a batch of unit-norm latents; its loss, detached."""
+    if settings.fusemix_alpha:
+        image, text = fuse(image, text, settings.fusemix_alpha)
+    if settings.noise_std:
+        image = image + settings.noise_std * torch.randn_like(image)
+        text = text + settings.noise_std * torch.randn_like(text)
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type == "cuda"):
+        loss = aligner.loss(aligner.image_adapter(image), aligner.text_adapter(text), group_ids=group)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if settings.learn_scale:
+        with torch.no_grad():
+            aligner.loss.log_scale.clamp_(max=math.log(settings.max_scale))
+    return loss.detach()
+
+
+def _validate(aligner: Aligner, latents: Latents) -> dict[str, dict[str, float]]:
+    images, texts = aligner.embed_images(latents.image), aligner.embed_texts(latents.text)
+    return recalls(retrieval_ranks(images, texts, latents))
+
+
+def _finite(losses: list[Tensor], step: int, run: Path) -> list[float]:
+    values = torch.stack(losses).tolist() if losses else []
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise FloatingPointError(_not_finite("the loss", step - len(values) + 1 + i, run))
+    return values
+
+
+def _not_finite(what: str, step: int, run: Path) -> str:
+    kept = "its last checkpoint is kept" if (run / "last.pt").is_file() else "it had no checkpoint yet"
+    return f"{what} is not finite at step {step} of {run} ({kept}): try a lower learning_rate or max_scale"
+
+
+def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any] | None:
+    """Load the run's `last.pt`, if there is one, once its settings are seen to be the same."""
+    run = settings.output
+    if not (run / "last.pt").is_file():
+        return None
+    stored = Settings(**read_settings(run / "settings.toml"))
+    for field in fields(Settings):
+        before, now = getattr(stored, field.name), getattr(settings, field.name)
+        # A run directory may have been moved.
+        if before != now and field.name != "output":
+            raise ValueError(
+                f"{field.name} is {now!s} but {before!s} in the run stored in {run}: "
+                f"take the stored value to go on with it, or another output"
+            )
+    return torch.load(run / "last.pt", map_location=device, weights_only=True)
+
+
+def _save_best(run: Path, aligner: Aligner, latents: Latents, step: int) -> None:
+    _save(
+        {
+            "step": step,
+            "image_dim": latents.image.shape[1],
+            "text_dim": latents.text.shape[1],
+            "model": aligner.state_dict(),
+        },
+        run / "best.pt",
+    )
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _get_rng(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+@contextmanager
+def _open_log(path: Path, size: int) -> Iterator[Any]:
+    """Open the log to append after its first `size` bytes: what came after the checkpoint comes again."""
+    with path.open("a", encoding="utf-8") as log:
+        if log.tell() < size:
+            raise ValueError(f"{path} is shorter than when the run's last checkpoint was written")
+        log.truncate(size)
+        log.seek(size)
+        yield log
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Give an event that the first Ctrl-C sets; the second one stops at once, as ever."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

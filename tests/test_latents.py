@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from modest_align_train.latents import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    Latents,
+    Record,
+    atomic_path,
+    load_latents,
+    open_image,
+    tar_index,
+    write_json,
+    write_shard,
+)
+
+
+def record(key, split="train", group=None, captions=("a caption",)):
+    return Record(key, tuple(captions), split, group or key, f"{key}.png")
+
+
+def store(directory, shards):
+    """Write shards of (records) with random latents; return the whole tensors."""
+    directory.mkdir()
+    entries, images, texts = [], [], []
+    for index, records in enumerate(shards):
+        counts = torch.tensor([len(one.captions) for one in records])
+        images.append(torch.randn(len(records), 4))
+        texts.append(torch.randn(int(counts.sum()), 3))
+        rows = torch.arange(len(records)).repeat_interleave(counts)
+        entries.append(write_shard(directory, index, images[-1], texts[-1], rows, records))
+    manifest = {
+        "format_version": 1,
+        "image_encoder": "eyes",
+        "text_encoder": "ears",
+        "image_dim": 4,
+        "text_dim": 3,
+        "images": sum(entry["images"] for entry in entries),
+        "captions": sum(entry["captions"] for entry in entries),
+        "shards": entries,
+    }
+    write_json(directory / MANIFEST, manifest)
+    return torch.cat(images), torch.cat(texts)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    shards = [
+        [
+            record("a", captions=["one", "line\u2028separator"]),
+            record("b", "test", "g"),
+            record("c", "validation"),
+        ],
+        [record("d", "train", "g", ["x", "y", "z"]), record("e", "test")],
+    ]
+    return tmp_path / "latents", shards, *store(tmp_path / "latents", shards)
+
+
+def test_what_was_written_is_read(stored):
+    directory, shards, image, text = stored
+    latents = load_latents(directory)
+    assert torch.equal(latents.image, image)
+    assert torch.equal(latents.text, text)
+    assert latents.caption_image.tolist() == [0, 0, 1, 2, 3, 3, 3, 4]
+    assert latents.group.tolist() == [0, 1, 2, 1, 3]
+    assert latents.records == shards[0] + shards[1]
+    assert (latents.image_encoder, latents.text_encoder) == ("eyes", "ears")
+
+
+def test_subset_keeps_each_caption_with_its_image(stored):
+    latents = load_latents(stored[0])
+    part = latents.subset("test")
+    assert [one.key for one in part.records] == ["b", "e"]
+    assert torch.equal(part.image, latents.image[[1, 4]])
+    assert torch.equal(part.text, latents.text[[2, 7]])
+    assert part.caption_image.tolist() == [0, 1]
+    assert part.group.tolist() == [0, 1]
+    train = latents.subset("train")
+    assert train.caption_image.tolist() == [0, 0, 1, 1, 1]
+    assert torch.equal(train.text, latents.text[[0, 1, 4, 5, 6]])
+    assert isinstance(train.to("cpu"), Latents)
+
+
+def test_subset_says_which_splits_there_are(tmp_path):
+    store(tmp_path / "latents", [[record("a")]])
+    with pytest.raises(ValueError, match=r"split must be one that has images \(train 1, validation 0, test 0\)"):
+        load_latents(tmp_path / "latents").subset("dev")
+
+
+def test_missing_latents(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no latents \(manifest.json is missing\): run extract"):
+        load_latents(tmp_path)
+    write_json(tmp_path / PARTIAL_MANIFEST, {})
+    with pytest.raises(FileNotFoundError, match=r"holds an unfinished extraction"):
+        load_latents(tmp_path)
+
+
+def test_damage_is_noticed(stored):
+    directory = stored[0]
+    path = directory / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged"):
+        load_latents(directory)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00001.safetensors is missing"):
+        load_latents(directory)
+
+
+def test_another_format_version(stored):
+    path = stored[0] / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match=r"format version 99, wanted 1"):
+        load_latents(stored[0])
+
+
+def test_atomic_path_leaves_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_open_image_from_file_and_tar(tmp_path):
+    red = png(Image.new("RGB", (3, 2), "red"))
+    (tmp_path / "red.png").write_bytes(red)
+    write_tar(tmp_path / "pairs.tar", {"first.txt": b"hello", "folder/red.png": red})
+    for location in (tmp_path / "red.png", f"{tmp_path}/pairs.tar::folder/red.png"):
+        image = open_image(str(location))
+        assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (3, 2), (255, 0, 0))
+    with pytest.raises(FileNotFoundError, match=r"pairs.tar has no member 'blue.png'"):
+        open_image(f"{tmp_path}/pairs.tar::blue.png")
+    with pytest.raises(FileNotFoundError, match=r"none.png does not exist"):
+        open_image(f"{tmp_path}/none.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white(tmp_path, mode):
+    if mode == "P":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.info["transparency"] = 0
+    else:
+        image = Image.new(mode, (2, 1), (0,) * len(mode))
+    image.putpixel((1, 0), {"RGBA": (9, 9, 9, 255), "LA": (9, 255), "P": 1}[mode])
+    image.save(tmp_path / "image.png")
+    opened = open_image(str(tmp_path / "image.png"))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
+
+
+def test_truncated_image_is_an_error(tmp_path):
+    noise = Image.frombytes("RGB", (64, 64), bytes(torch.randint(256, (64 * 64 * 3,)).tolist()))
+    (tmp_path / "cut.png").write_bytes(png(noise)[:4000])
+    with pytest.raises(OSError, match=r"truncated"):
+        open_image(str(tmp_path / "cut.png"))
+
+
+def test_tar_index_of_damaged_archives(tmp_path):
+    members = {f"{number}.txt": bytes(2000) for number in range(4)}
+    write_tar(tmp_path / "whole.tar", members)
+    assert tar_index(tmp_path / "whole.tar").error is None
+    assert list(tar_index(tmp_path / "whole.tar").members) == list(members)
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:6000])
+    index = tar_index(tmp_path / "cut.tar")
+    assert list(index.members) == ["0.txt", "1.txt"]
+    assert index.error is not None
+    (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"none.tar is not an uncompressed tar"):
+        tar_index(tmp_path / "none.tar")

@@ -1,0 +1,236 @@
+"""The report of real, tiny runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from test_search import write_pairs
+
+from modest_align_train import report as report_module
+from modest_align_train.evaluate import evaluate
+from modest_align_train.latents import Record, load_latents, write_json, write_shard
+from modest_align_train.report import Section, plot, write_report
+from modest_align_train.settings import Settings
+from modest_align_train.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Latents and two runs on them that differ in noise."""
+    root = tmp_path_factory.mktemp("report")
+    write_pairs(root / "latents", images=60, splits=("train", "train", "validation", "test"))
+    settings = Settings(
+        latents=root / "latents",
+        output=root / "plain",
+        steps=6,
+        batch_size=16,
+        embedding_dim=8,
+        noise_std=0.0,
+        log_every=2,
+        validate_every=2,
+        warmup_steps=1,
+        device="cpu",
+    )
+    for changed in (settings, replace(settings, output=root / "noisy", noise_std=0.03)):
+        evaluate(train(changed, progress=False), bootstrap=50, device="cpu")
+    return root
+
+
+@pytest.fixture
+def root(trained, tmp_path):
+    """A copy that a test may damage; its settings still point to the shared latents."""
+    for name in ("plain", "noisy", "latents"):
+        shutil.copytree(trained / name, tmp_path / name)
+    report_module._thumbnail.cache_clear()
+    return tmp_path
+
+
+def page_of(runs, root, **keywords) -> str:
+    return write_report(runs, root / "page.html", **keywords).read_text(encoding="utf-8")
+
+
+def visible(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", page.partition("<body>")[2]).split())
+
+
+def test_page_shows_the_numbers_of_the_evaluation(root):
+    evaluation = json.loads((root / "plain" / "evaluation.json").read_text(encoding="utf-8"))
+    text = visible(page_of([root / "plain"], root))
+    for direction in ("image_to_text", "text_to_image"):
+        for name in ("R@1", "R@5", "R@10"):
+            found = evaluation[direction][name]
+            assert f"{found['value']:.1f} {found['low']:.1f}–{found['high']:.1f}" in text
+        assert f"ECE {evaluation['calibration'][direction]['ece']['value']:.1f}%" in text
+    assert f"{evaluation['images']} test images" in text
+    assert torch.__version__ in text
+    assert "embedding_dim 8" in text
+
+
+def test_recall_figure_draws_values_and_intervals(root):
+    run = report_module._load_run(root / "plain", "plain", None)
+    drawn = [list(line.get_xdata()) for line in report_module._recall_figure([run], "text_to_image").axes[0].lines]
+    expected = [run.evaluation["text_to_image"][name] for name in ("R@1", "R@5", "R@10")]
+    assert drawn[0::2] == [[one["low"], one["high"]] for one in expected]
+    assert drawn[1::2] == [[one["value"]] for one in expected]
+
+
+def test_page_fetches_nothing(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    sources = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']([^"']*)""", page)
+    assert sources
+    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_svg_references_stay_within_the_page(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    defined = re.findall(r'\bid="([^"]*)"', page)
+    used = set(re.findall(r"url\(#([^)]*)\)", page)) | set(re.findall(r'href="#([^"]*)"', page))
+    assert used
+    assert used <= set(defined)
+    assert len(defined) == len(set(defined))
+
+
+def test_several_runs_are_told_apart(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    text = visible(page)
+    assert "2 runs aligned drawn-image with drawn-text" in text
+    assert "R@1 over plain" in text
+    assert re.search(r"run noise_std plain 0\.0 noisy 0\.03", text)
+    assert page.count("mean ECE ") == 2
+
+
+def test_runs_of_equal_folder_names_get_their_parents(root):
+    (root / "again").mkdir()
+    shutil.copytree(root / "plain", root / "again" / "plain")
+    assert "again/plain" in visible(page_of([root / "plain", root / "again" / "plain"], root))
+    with pytest.raises(ValueError, match="runs must differ"):
+        page_of([root / "plain", root / "plain"], root)
+
+
+def test_examples_follow_their_rule(root):
+    run = report_module._load_run(root / "plain", "plain", None)
+    latents = load_latents(root / "latents").subset("test")
+    examples = report_module._examples(run, latents)
+    for kinds in examples.values():
+        assert len(kinds["hits"]) <= 4
+        assert len(kinds["misses"]) <= 4
+        assert kinds["hits"]
+        assert all(any(one["right"] for one in example["found"]) for example in kinds["hits"])
+        assert not any(one["right"] for example in kinds["misses"] for one in example["found"])
+    for example in examples["from_text"]["hits"]:
+        assert example["found"][example["rank"] - 1]["right"]
+    for example in examples["from_text"]["misses"]:
+        assert example["rank"] > 5
+
+
+def test_one_image_of_each_group_in_the_order_of_the_hash(root):
+    latents = load_latents(root / "latents")
+    paired = replace(latents, group=torch.arange(60) // 2)
+    rows = report_module._one_of_each_group(paired)
+    assert sorted(row // 2 for row in rows) == list(range(30))
+    everything = report_module._one_of_each_group(latents)
+    assert rows == [row for row in everything if everything.index(row) < everything.index(row ^ 1)]
+
+
+def test_captions_are_escaped(root):
+    latents = load_latents(root / "latents")
+    evil = [replace(r, captions=("<script>alert(1)</script>", r.captions[1])) for r in latents.records]
+    shard = write_shard(root / "latents", 0, latents.image, latents.text, latents.caption_image, evil)
+    manifest = json.loads((root / "latents" / "manifest.json").read_text(encoding="utf-8"))
+    write_json(root / "latents" / "manifest.json", {**manifest, "shards": [shard]})
+    page = page_of([root / "plain"], root, latents=root / "latents", title="<i>title</i>")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>" not in page
+    assert "<i>" not in page
+
+
+def test_missing_images_leave_a_placeholder(root):
+    latents = load_latents(root / "latents")
+    gone = [Record(r.key, r.captions, r.split, r.group, "gone.png") for r in latents.records]
+    shard = write_shard(root / "latents", 0, latents.image, latents.text, latents.caption_image, gone)
+    manifest = json.loads((root / "latents" / "manifest.json").read_text(encoding="utf-8"))
+    write_json(root / "latents" / "manifest.json", {**manifest, "shards": [shard]})
+    page = page_of([root / "plain"], root, latents=root / "latents")
+    assert "image not found" in page
+    assert "<img" not in page
+
+
+def test_missing_latents_leave_a_sentence_unless_they_were_asked_for(root):
+    settings = root / "plain" / "settings.toml"
+    settings.write_text(re.sub("latents = .*", 'latents = "gone"', settings.read_text(encoding="utf-8")))
+    assert "No examples: gone holds no latents" in visible(page_of([root / "plain"], root))
+    with pytest.raises(FileNotFoundError, match="holds no latents"):
+        page_of([root / "plain"], root, latents=root / "nowhere")
+
+
+def test_a_run_that_was_not_evaluated_is_evaluated(root):
+    (root / "plain" / "evaluation.json").unlink()
+    page_of([root / "plain"], root)
+    assert (root / "plain" / "evaluation.json").is_file()
+
+
+def test_sections_and_table_come_from_the_caller(root):
+    axes = plot("Sweep <of> noise", "noise_std", "R@1, %")
+    axes.plot([0, 1], [1, 2], label="clean $x")
+    axes.legend()
+    foreign = Figure()
+    foreign.subplots().set_title("another style")
+    page = page_of(
+        [root / "plain"],
+        root,
+        sections=[
+            Section("Noise", "a & b", axes.figure),
+            Section("More", Markup("<b>bold</b>"), foreign),
+            Section("Words"),
+        ],
+        table=[["seeds", "R@1"], ["3", "20.1\n19–21"]],
+    )
+    assert "a &amp; b" in page
+    assert "<b>bold</b>" in page
+    assert "Sweep &lt;of&gt; noise" in page
+    assert "clean $x" in page
+    assert "another style" in page
+    assert "<td>20.1\n19–21</td>" in page
+    # The ink follows the page's light or dark mode, also in figures of another style.
+    assert "#010203" not in page
+    assert re.search(r"fill: currentColor[^>]*>another style", page)
+
+
+def test_half_a_line_at_the_end_of_the_log_is_left_out(root):
+    with (root / "plain" / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 8, "lo')
+    assert "Training loss" in page_of([root / "plain"], root)
+
+
+def test_a_failed_page_leaves_the_old_one(root, monkeypatch):
+    (root / "page.html").write_text("old")
+    monkeypatch.setattr(report_module, "_examples", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        page_of([root / "plain"], root)
+    assert (root / "page.html").read_text() == "old"
+    assert not list(root.glob(".page*"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "keywords", "error", "sentence"),
+    [
+        ([], {}, ValueError, "runs must name at least one run directory"),
+        (["nowhere"], {}, FileNotFoundError, "run nowhere does not exist"),
+        (["nowhere"], {"table": [["a", "b"], ["c"]]}, ValueError, "rows of one length"),
+        (["nowhere"], {"table": []}, ValueError, "rows of one length"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, runs, keywords, error, sentence):
+    with pytest.raises(error, match=sentence):
+        write_report(runs, tmp_path / "page.html", **keywords)
