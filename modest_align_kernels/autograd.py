@@ -80,14 +80,10 @@ def _unit_target(rows: int, columns: int, group_ids: Tensor | None, symmetric: b
     )
 
 
-def _sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.sum(0, dtype=dtype)
-
-
 def _slope(x_hat: Tensor, y_hat: Tensor, scale: Tensor, positive: Tensor, target: _Target, weight: float) -> Tensor:
     """DL/da: see the module's docstring. 0-dim."""
     rows, dtype = x_hat.shape[0], scale.dtype
-    all_y, paired_y, all_x = (_sum_rows(t, dtype) for t in (y_hat, y_hat[:rows], x_hat))
+    all_y, paired_y, all_x = (t.sum(0, dtype=dtype) for t in (y_hat, y_hat[:rows], x_hat))
     mass = ((target.row_mass + target.col_mass) * positive).sum()
     pair_weight = target.row_weight + target.col_weight
     if target.groups is None:
@@ -111,9 +107,9 @@ def _target_gradient(
     """
     rows, dtype = x_hat.shape[0], smoothing.dtype
     row_weight, col_weight = smoothing * target.row_weight, smoothing * target.col_weight
-    all_y, all_x = _sum_rows(y_hat, dtype), _sum_rows(x_hat, dtype)
+    all_y, all_x = y_hat.sum(0, dtype=dtype), x_hat.sum(0, dtype=dtype)
     if target.groups is None:
-        x_offset = -(row_weight * all_y + col_weight * _sum_rows(y_hat[:rows], dtype))
+        x_offset = -(row_weight * all_y + col_weight * y_hat[:rows].sum(0, dtype=dtype))
         y_offset = torch.stack((-(row_weight + col_weight) * all_x, -row_weight * all_x))
         return row_weight + col_weight, torch.stack((x_offset, x_offset)), y_offset
     pair_weight = (row_weight + col_weight)[:, None]
