@@ -34,25 +34,20 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=40.0)
 
 
-class _Groups(NamedTuple):
-    number: Tensor  # int64 [B], the row's group, numbered from 0
-    size: Tensor  # [B], accumulation dtype, of the row's group
-
-    def sums(self, rows: Tensor) -> Tensor:
-        """Each row's sum over its group, [B, D] in the accumulation dtype."""
-        sums = self.size.new_zeros(rows.shape).index_add_(0, self.number, rows.to(self.size.dtype))
-        return sums[self.number]
-
-
-def _number_groups(group_ids: Tensor, dtype: torch.dtype) -> _Groups:
+def number_groups(group_ids: Tensor) -> Tensor:
+    """The groups' numbers from 0, in the order of their ids: int64 [B] of any values -> int64 [B], below B."""
     # torch.unique would need the number of groups on the host: a sync on a GPU, a graph break when compiled.
     order = group_ids.argsort()
     in_order = group_ids[order]
-    number = torch.zeros_like(group_ids)
+    number = torch.zeros_like(order)
     number[order[1:]] = (in_order[1:] != in_order[:-1]).cumsum(0)
-    size = torch.zeros(group_ids.shape, dtype=dtype, device=group_ids.device)
-    size.index_add_(0, number, torch.ones_like(size))
-    return _Groups(number, size[number])
+    return number
+
+
+def _group_sums(rows: Tensor, group_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row's sum over its group, of the shape of ``rows``."""
+    sums = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+    return sums.index_add_(0, group_ids, rows.to(dtype))[group_ids]
 
 
 class _Target(NamedTuple):
@@ -62,12 +57,13 @@ class _Target(NamedTuple):
     row_weight: Tensor
     col_mass: Tensor
     col_weight: Tensor
-    groups: _Groups | None
+    group_ids: Tensor | None
 
 
 def _unit_target(rows: int, columns: int, group_ids: Tensor | None, symmetric: bool, like: Tensor) -> _Target:
-    groups = None if group_ids is None else _number_groups(group_ids, like.dtype)
-    size = torch.ones_like(like) if groups is None else groups.size
+    size = torch.ones_like(like)
+    if group_ids is not None:
+        size = _group_sums(size.expand(rows), group_ids, like.dtype)
     row_negatives, col_negatives = columns - size, rows - size
     row_mass = (row_negatives > 0).to(like.dtype)
     col_mass = (col_negatives > 0).to(like.dtype) * float(symmetric)
@@ -76,7 +72,7 @@ def _unit_target(rows: int, columns: int, group_ids: Tensor | None, symmetric: b
         row_mass / row_negatives.clamp_min(1),
         col_mass,
         col_mass / col_negatives.clamp_min(1),
-        groups,
+        group_ids,
     )
 
 
@@ -86,12 +82,12 @@ def _slope(x_hat: Tensor, y_hat: Tensor, scale: Tensor, positive: Tensor, target
     all_y, paired_y, all_x = (t.sum(0, dtype=dtype) for t in (y_hat, y_hat[:rows], x_hat))
     mass = ((target.row_mass + target.col_mass) * positive).sum()
     pair_weight = target.row_weight + target.col_weight
-    if target.groups is None:
+    if target.group_ids is None:
         negatives = scale * (target.row_weight * (all_x * all_y).sum() + target.col_weight * (all_x * paired_y).sum())
         return weight * (mass - (negatives - pair_weight * positive.sum()))
     x, y = x_hat.to(dtype), y_hat[:rows].to(dtype)
     weighted_x, weighted_y = (target.row_weight[:, None] * x).sum(0), (target.col_weight[:, None] * y).sum(0)
-    within = (pair_weight[:, None] * x * target.groups.sums(y)).sum()
+    within = (pair_weight[:, None] * x * _group_sums(y, target.group_ids, dtype)).sum()
     return weight * (mass - scale * ((weighted_x * all_y).sum() + (weighted_y * all_x).sum() - within))
 
 
@@ -108,16 +104,16 @@ def _target_gradient(
     rows, dtype = x_hat.shape[0], smoothing.dtype
     row_weight, col_weight = smoothing * target.row_weight, smoothing * target.col_weight
     all_y, all_x = y_hat.sum(0, dtype=dtype), x_hat.sum(0, dtype=dtype)
-    if target.groups is None:
+    if target.group_ids is None:
         x_offset = -(row_weight * all_y + col_weight * y_hat[:rows].sum(0, dtype=dtype))
         y_offset = torch.stack((-(row_weight + col_weight) * all_x, -row_weight * all_x))
         return row_weight + col_weight, torch.stack((x_offset, x_offset)), y_offset
     pair_weight = (row_weight + col_weight)[:, None]
     x, y = x_hat.to(dtype), y_hat[:rows].to(dtype)
     if grad_x.numel():
-        grad_x.addcmul_(pair_weight, target.groups.sums(y)).sub_(row_weight[:, None] * all_y)
+        grad_x.addcmul_(pair_weight, _group_sums(y, target.group_ids, dtype)).sub_(row_weight[:, None] * all_y)
     if grad_y.numel():
-        grad_y[:rows].addcmul_(pair_weight, target.groups.sums(x)).sub_(col_weight[:, None] * all_x)
+        grad_y[:rows].addcmul_(pair_weight, _group_sums(x, target.group_ids, dtype)).sub_(col_weight[:, None] * all_x)
     x_offset, y_offset = -(col_weight[:, None] * y).sum(0), -(row_weight[:, None] * x).sum(0)
     return torch.zeros_like(smoothing), torch.stack((x_offset, x_offset)), torch.stack((y_offset, y_offset))
 
@@ -164,7 +160,7 @@ class ContrastiveLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Outputs are saved as outputs, so that a second differentiation reaches an operator, which raises."""
         x, y, scale, smoothing, group_ids, _, _, _, ctx.symmetric, _, ctx.backend = inputs
-        ctx.dtypes = x.dtype, y.dtype
+        ctx.features, ctx.dtypes = x.shape[1], (x.dtype, y.dtype)
         ctx.save_for_backward(scale, smoothing, group_ids, *output[1:])
         ctx.set_materialize_grads(False)
 
@@ -223,6 +219,7 @@ class ContrastiveLoss(torch.autograd.Function):
                 pair_weight,
                 x_offset,
                 factor,
+                ctx.features,
                 ctx.dtypes[0],
                 backend=ctx.backend,
             )
@@ -236,6 +233,7 @@ class ContrastiveLoss(torch.autograd.Function):
                 pair_weight,
                 y_offset,
                 factor,
+                ctx.features,
                 ctx.dtypes[1],
                 backend=ctx.backend,
             )

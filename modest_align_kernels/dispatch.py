@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import torch
 
-# In the order of preference of backend="auto".
-BACKENDS = ("triton", "native", "eager")
+BACKENDS = ("eager", "native", "triton")
+# What backend="auto" tries, in this order; on any other device it is the eager backend.
+_AUTO = {"cuda": ("triton", "eager")}
+# A program of Triton's normalisation holds whole rows in registers.
+_TRITON_FEATURES = 16384
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, features: int | None = None
+) -> str | None:
     """Why a backend cannot run, in one sentence, or None if it can.
 
     Args:
         name: one of :data:`BACKENDS`.
         device: where the features are.
         dtype: of the features; None asks about the device alone.
+        features: D; None asks about the device alone.
     """
-    if name in ("triton", "native"):
-        return f'the {name} kernels are not part of this version yet; backend="eager" runs on any device'
+    if name == "native":
+        return 'the compiled kernels are not part of this version yet; backend="eager" runs on any device'
+    return _why_not_triton(device, dtype, features) if name == "triton" else None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
+    if find_spec("triton") is None:
+        return 'Triton is not installed: pip install "triton>=3.6"'
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "Triton needs a GPU (TRITON_INTERPRET=1, set before Python starts, runs its kernels on the CPU, slowly)"
+            )
+    elif device.type != "cuda":
+        return f"the Triton kernels are written for NVIDIA and AMD GPUs, not for {device.type}"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
+    if dtype == torch.float64:
+        return 'float64 features run on backend="eager" only'
+    if features is not None and features > _TRITON_FEATURES:
+        return f"the Triton kernels take rows of at most {_TRITON_FEATURES:,} features, not {features:,}"
     return None
 
 
@@ -32,10 +60,10 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: why_not(name, torch.device(device)) for name in sorted(BACKENDS)}
+    return {name: why_not(name, torch.device(device)) for name in BACKENDS}
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(name: str, device: torch.device, dtype: torch.dtype, features: int) -> str:
     """The backend that runs for ``name``, which may be "auto".
 
     Raises:
@@ -43,20 +71,21 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         RuntimeError: the named backend cannot run; the message is the reason.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS if why_not(backend, device, dtype) is None)
+        candidates = _AUTO.get(device.type, ("eager",))
+        return next(backend for backend in candidates if why_not(backend, device, dtype, features) is None)
     if name not in BACKENDS:
-        raise ValueError(f'backend: got {name!r}, want "auto" or one of {", ".join(map(repr, sorted(BACKENDS)))}')
-    reason = why_not(name, device, dtype)
+        raise ValueError(f'backend: got {name!r}, want "auto" or one of {", ".join(map(repr, BACKENDS))}')
+    reason = why_not(name, device, dtype, features)
     if reason is not None:
         raise RuntimeError(f'backend "{name}" cannot run on {device.type}: {reason}')
     return name
 
 
-def operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
+def operand_dtype(features: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
     """The dtype of the matmuls' operands.
 
     float32 and float64 features keep theirs: that precision was asked for. 16-bit features (and float32 ones under
-    autocast) become float16 on CUDA, three bits more than bfloat16 at the same speed: normalised values cannot
+    autocast) become float16 on a GPU, three bits more than bfloat16 at the same speed: normalised values cannot
     overflow it. On a CPU bfloat16 stays bfloat16, whose matmul is fast there; float16, whose matmul is a hundred times
     slower, becomes float32.
     """
@@ -64,7 +93,7 @@ def operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
         features = torch.get_autocast_dtype(device.type)
     if features in (torch.float32, torch.float64):
         return features
-    if device.type == "cuda":
+    if device.type == "cuda" or backend == "triton":
         return torch.float16
     return torch.bfloat16 if features == torch.bfloat16 and _fast_bfloat16() else torch.float32
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels import dispatch
-from modest_align_kernels.autograd import ContrastiveLoss
+from modest_align_kernels.autograd import ContrastiveLoss, number_groups
 from modest_align_kernels.backends import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ def modest_align_loss(
     check_number("smoothing", smoothing, "a float in [0, 1] or a 0-dim tensor", lambda value: 0 <= value <= 1)
     if group_ids is not None:
         _check_group_ids(group_ids, image_features)
-        group_ids = group_ids.to(torch.int64)
+        group_ids = number_groups(group_ids)
     if process_group is not None:
         raise NotImplementedError(
             "process_group: the loss over several ranks is not part of this version, want None for this rank's pairs"
         )
     features_dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-    backend = dispatch.choose(backend, device, features_dtype)
-    operand_dtype = dispatch.operand_dtype(features_dtype, device)
+    backend = dispatch.choose(backend, device, features_dtype, image_features.shape[1])
+    operand_dtype = dispatch.operand_dtype(features_dtype, device, backend)
     dtype = accumulation_dtype(operand_dtype)
     scale = _as_tensor(logit_scale, dtype, device)
     no_smoothing = not isinstance(smoothing, Tensor) and smoothing == 0

@@ -8,20 +8,19 @@ gradient is :mod:`modest_align_kernels.autograd`, and a second differentiation r
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modest_align_kernels.backends import accumulation_dtype, eager
-
-_BACKENDS = {"eager": eager}
+from modest_align_kernels.backends import accumulation_dtype, operand_features
 
 _SCHEMAS = (
     "perturb_normalize(Tensor x, Tensor? seed, int stream, float noise_std, bool relative_noise, "
     "ScalarType operand_dtype, *, str backend) -> (Tensor x_hat, Tensor inv_norm)",
     "perturb_normalize_backward(Tensor grad, Tensor x_hat, Tensor inv_norm, Tensor pair_hat, Tensor pair_weight, "
-    "Tensor offset, Tensor factor, ScalarType dtype, *, str backend) -> (Tensor dx, Tensor row_dot)",
+    "Tensor offset, Tensor factor, SymInt features, ScalarType dtype, *, str backend) -> (Tensor dx, Tensor row_dot)",
     "contrastive_stats(Tensor x_hat, Tensor y_hat, Tensor scale, Tensor? group_ids, bool symmetric, "
     "*, str backend) -> (Tensor positive, Tensor row_lse, Tensor col_lse)",
     "contrastive_grads(Tensor x_hat, Tensor y_hat, Tensor scale, Tensor row_lse, Tensor col_lse, "
@@ -36,8 +35,10 @@ def _register(schema: str) -> Callable[..., Any]:
 
     def run(*args: Any, backend: str) -> Any:
         # The dtypes were chosen above; autocast would choose again for every matmul inside.
-        with torch.autocast(args[0].device.type, enabled=False):
-            return getattr(_BACKENDS[backend], name)(*args)
+        # A kernel is launched on the current device, whatever device its tensors are on.
+        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
+            # Imported when first used: Triton is no requirement.
+            return getattr(import_module(f"modest_align_kernels.backends.{backend}"), name)(*args)
 
     def raise_on_double_backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -64,7 +65,7 @@ def _(
     *,
     backend: str,
 ) -> Any:
-    x_hat = x.new_empty(x.shape, dtype=operand_dtype)
+    x_hat = x.new_empty((x.shape[0], operand_features(x.shape[1], backend)), dtype=operand_dtype)
     return x_hat, x.new_empty(x.shape[:1], dtype=accumulation_dtype(operand_dtype))
 
 
@@ -77,11 +78,12 @@ def _(
     pair_weight: Any,
     offset: Any,
     factor: Any,
+    features: int,
     dtype: torch.dtype,
     *,
     backend: str,
 ) -> Any:
-    return x_hat.new_empty(x_hat.shape, dtype=dtype), torch.empty_like(inv_norm)
+    return x_hat.new_empty((x_hat.shape[0], features), dtype=dtype), torch.empty_like(inv_norm)
 
 
 @torch.library.register_fake("modest_align::contrastive_stats", lib=_library)

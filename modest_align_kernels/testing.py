@@ -119,7 +119,7 @@ def row_errors(value: Tensor, truth: Tensor, atol: Tensor | float = 0.0) -> Tens
     """Each row's error past ``atol``, relative to the truth's norm of that row; a 0-dim value is one row, float64."""
     truth = truth.double().reshape(truth.shape[0] if truth.dim() else 1, -1)
     error = (value.double().reshape(truth.shape) - truth).norm(dim=1)
-    return torch.where(error <= atol, 0.0, error / truth.norm(dim=1))
+    return torch.where(error <= atol, 0.0, (error - atol) / truth.norm(dim=1))
 
 
 def assert_within_budget(

@@ -1,14 +1,16 @@
-"""Shared by all tests: no network, one thread, and a torchvision that imports beside a CPU-only torch."""
+"""Shared by all tests: no network, one thread, Triton interpreted where there is no GPU, a torchvision that imports."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    # Read when the kernels are first imported: the whole session executes them on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 
 

@@ -124,7 +124,7 @@ def test_operators_keep_their_contracts() -> None:
     for want_x, want_y in ((True, True), (False, True), (True, False)):
         args = (x_hat, y_hat, scale, row_lse, col_lse, None, want_x, want_y)
         torch.library.opcheck(op.contrastive_grads, args, eager, test_utils=checks)
-    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, 8), scale, torch.bfloat16)
+    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, 8), scale, 8, torch.bfloat16)
     torch.library.opcheck(op.perturb_normalize_backward, args, eager, test_utils=checks)
 
 

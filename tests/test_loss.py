@@ -18,6 +18,7 @@ from modest_align_kernels.testing import (
     make_features,
     make_group_ids,
     poisoned_memory,
+    row_errors,
     value_and_grads,
 )
 
@@ -98,7 +99,26 @@ def test_gradcheck(groups: bool, symmetric: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
-    assert_within_budget(loss_on(backend), case, dtype)
+    # The interpreter is slow: fewer seeds for it.
+    assert_within_budget(loss_on(backend), case, dtype, seeds=2 if backend == "triton" else 4)
+
+
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_triton_is_three_times_as_exact_as_the_plain_bfloat16_loss(scale: float) -> None:
+    # float16 operands have three bits more than the features
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton is not installed")
+    for geometry in ("pairs", "random"):
+        case = Case("bfloat16", 96, 96, 512, scale=scale, geometry=geometry)
+        x, y = make_features(case, torch.bfloat16)
+        truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), case)
+        plain = value_and_grads(reference.modest_align_loss, x, y, case)
+        # float32 leaves, so that what is measured is not the rounding of the result to bfloat16
+        ours = value_and_grads(
+            lambda x, y, s, **k: loss_on("triton")(x.half(), y.half(), s, **k), x.float(), y.float(), case
+        )
+        for name in ("image_features", "text_features"):
+            assert row_errors(ours[name], truth[name]).max() <= row_errors(plain[name], truth[name]).max() / 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -227,7 +247,7 @@ def test_every_output_is_written(backend: str, case: Case) -> None:
 
 
 def test_runs_repeat_bit_for_bit(backend: str) -> None:
-    case = Case("", 600, 600, 40, groups=50)
+    case = Case("", 200, 600, 40, groups=50)
     x, y = make_features(case, torch.float32)
     first, second = (value_and_grads(loss_on(backend), x, y, case) for _ in range(2))
     for name in first:

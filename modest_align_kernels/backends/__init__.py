@@ -3,8 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+# What a backend may hold at once beyond its results: partial sums, or a block of probabilities.
+WORKSPACE_BYTES = 256 * 2**20
+# float16 holds P * 2^10 without overflow (P <= 2) and keeps P as small as 1/B normal up to B = 16 million.
+FP16_GAIN = 2.0**10
+# Triton's operands have rows of whole blocks of features, the last ones zero: every load is aligned, none is masked.
+TRITON_FEATURES_MULTIPLE = 64
+
+
+def operand_features(features: int, backend: str) -> int:
+    """The width of a backend's x_hat and y_hat for D features; what is past D is zero."""
+    return -(-features // TRITON_FEATURES_MULTIPLE) * TRITON_FEATURES_MULTIPLE if backend == "triton" else features
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over operands of ``dtype``: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: float = 1.0) -> None:
+    """Out = alpha * a @ b, plus what ``out`` held unless ``first``; ``out`` is of the accumulation dtype."""
+    beta = 0.0 if first else 1.0
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=beta, alpha=alpha)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        # A CPU has a fast matmul of bfloat16 operands, and none of float16's.
+        product = torch.mm(a, b) if a.dtype == torch.bfloat16 else torch.mm(a.to(out.dtype), b.to(out.dtype))
+        if first:
+            out.zero_()
+        out.add_(product, alpha=alpha)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from modest_align_kernels.backends import accumulation_dtype
+from modest_align_kernels.backends import FP16_GAIN, accumulate_matmul, accumulation_dtype
 from modest_align_kernels.reference import gaussian_noise
 
 LOG2E = math.log2(math.e)
@@ -28,8 +28,6 @@ NORMALIZE_ROWS = 1024
 HEADROOM = 100.0
 # A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.
 SMALLEST_LOG2_SUM = -80.0
-# float16 holds P * 2^10 without overflow (P <= 2) and keeps P as small as 1/B normal up to B = 16 million.
-FP16_GAIN = 2.0**10
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -84,6 +82,7 @@ def perturb_normalize_backward(
     pair_weight: Tensor,
     offset: Tensor,
     factor: Tensor,
+    features: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The float32 terms of the gradient and the normalisation's backward, in one pass.
@@ -104,13 +103,14 @@ def perturb_normalize_backward(
         pair_weight: [P].
         offset: [2, D].
         factor: 0-dim.
+        features: of dx; a backend's x_hat may be wider than that, with zeros (this one's is not).
         dtype: of dx.
 
     Returns:
-        dx [rows, D] in ``dtype``; the row dots <x_hat_i, g_i>, [rows].
+        dx [rows, features] in ``dtype``; the row dots <x_hat_i, g_i>, [rows].
     """
     rows, pairs = x_hat.shape[0], pair_hat.shape[0]
-    dx = torch.empty(x_hat.shape, dtype=dtype, device=x_hat.device)
+    dx = torch.empty((rows, features), dtype=dtype, device=x_hat.device)
     dot = torch.empty_like(inv_norm)
     for first, last, row_offset in ((0, pairs, offset[0]), (pairs, rows, offset[1])):
         for b0, b1 in _blocks(last - first, NORMALIZE_ROWS):
@@ -127,18 +127,6 @@ def perturb_normalize_backward(
     return dx, dot
 
 
-def _accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Out = a @ b (+ out unless first), with ``out`` in the accumulation dtype."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, beta=0 if first else 1)
-        return
-    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else torch.mm(a, b)
-    if first:
-        out.copy_(product)
-    else:
-        out.add_(product)
-
-
 def _logit_blocks(x_hat: Tensor, y_hat: Tensor, scale_log2: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of S * log2(e) in the accumulation dtype: rows, columns, and a buffer that the caller may overwrite."""
     rows, columns = x_hat.shape[0], y_hat.shape[0]
@@ -150,7 +138,7 @@ def _logit_blocks(x_hat: Tensor, y_hat: Tensor, scale_log2: Tensor) -> Iterator[
             x_block = x_block * scale_log2
         for j0, j1 in _blocks(columns, BLOCK_COLUMNS):
             logits = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-            _accumulate_matmul(logits, x_block, y_hat[j0:j1].T, first=True)
+            accumulate_matmul(logits, x_block, y_hat[j0:j1].T, first=True)
             if x_hat.dtype != dtype:
                 logits.mul_(scale_log2)
             yield slice(i0, i1), slice(j0, j1), logits
@@ -303,10 +291,7 @@ def contrastive_grads(
         _fill_excluded(g, i, j, group_ids, 0.0)
         g = g.mul_(gain).to(x_hat.dtype) if gain != 1.0 else g.to(x_hat.dtype)
         if want_x:
-            _accumulate_matmul(grad_x[i], g, y_hat[j], first=j.start == 0)
+            accumulate_matmul(grad_x[i], g, y_hat[j], first=j.start == 0, alpha=1 / gain)
         if want_y:
-            _accumulate_matmul(grad_y[j], g.T, x_hat[i], first=i.start == 0)
-    if gain != 1.0:
-        grad_x.div_(gain)
-        grad_y.div_(gain)
+            accumulate_matmul(grad_y[j], g.T, x_hat[i], first=i.start == 0, alpha=1 / gain)
     return grad_x, grad_y

@@ -1,0 +1,7 @@
+"""Triton kernels: any GPU that Triton compiles for, and the CPU under ``TRITON_INTERPRET=1``."""
+
+from modest_align_kernels.backends.triton.contrastive_grads import contrastive_grads
+from modest_align_kernels.backends.triton.contrastive_stats import contrastive_stats
+from modest_align_kernels.backends.triton.perturb_normalize import perturb_normalize, perturb_normalize_backward
+
+__all__ = ["contrastive_grads", "contrastive_stats", "perturb_normalize", "perturb_normalize_backward"]

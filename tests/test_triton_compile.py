@@ -1,0 +1,174 @@
+"""The Triton kernels compiled for GPUs that need not be here, and what the compiler made of them.
+
+Every row of the tile table becomes machine code, whose registers, spills, shared memory and tensor-core instructions
+are read with the tools that come inside the triton package. `python tests/test_triton_compile.py` prints the table of
+benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+# Dynamic shared memory that one program may use, in bytes (CUDA programming guide, technical specifications).
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATMULS = ("contrastive_stats_kernel", "contrastive_grads_kernel")
+ROWWISE = ("perturb_normalize_kernel", "perturb_normalize_backward_kernel")
+
+
+def compile_all(jobs: list[list]) -> list[dict]:
+    """Compile in processes of their own: this one may have Triton's interpreter switched on."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+
+    def compile_some(some: list[list]) -> list[dict]:
+        command = [sys.executable, __file__, json.dumps(some)]
+        with tempfile.TemporaryDirectory() as cache:
+            environment_here = {**environment, "TRITON_CACHE_DIR": cache}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment_here, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(compile_some, (jobs[0::2], jobs[1::2])))
+    return [result for half in halves for result in half]
+
+
+def matmul_jobs(capabilities: tuple[int, ...]) -> list[list]:
+    return [
+        [kernel, capability, dtype, 0]
+        for capability in capabilities
+        for dtype in ("float16", "float32")
+        for kernel in MATMULS
+    ]
+
+
+def check(result: dict) -> None:
+    what = f"{result['kernel']} for sm_{result['capability']}, {result['dtype']}, {result['tile']}"
+    assert result["spilled"] == 0, f"{what} spills {result['spilled']} bytes"
+    assert result["registers"] <= 255, what
+    assert result["shared"] <= SHARED_MEMORY[result["capability"]], what
+    if result["kernel"] in MATMULS:
+        instruction = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[result["capability"]]
+        assert result["tensor_core"].get(instruction, 0) > 0, f"{what} has no {instruction}: {result['tensor_core']}"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_matmul_kernels(capability: int) -> None:
+    results = compile_all(matmul_jobs((capability,)))
+    assert len(results) == 4
+    for result in results:
+        check(result)
+
+
+@pytest.mark.slow
+def test_matmul_kernels_of_sm_80_on_sm_89() -> None:
+    for result in compile_all(matmul_jobs((89,))):
+        check(result)
+
+
+def test_rowwise_kernels_read_16_bytes_at_a_time() -> None:
+    jobs = [[kernel, 90, "float16", features] for kernel in ROWWISE for features in (512, 1024, 4096)]
+    for result in compile_all(jobs):
+        check(result)
+        assert result["wide_loads"] > 0, result
+
+
+# What follows runs in the processes that compile.
+
+
+def compile_one(kernel: str, capability: int, dtype: str, features: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from modest_align_kernels.backends.triton import contrastive_grads, contrastive_stats, perturb_normalize, tiles
+
+    modules = {
+        f.__module__: sys.modules[f.__module__] for f in (contrastive_grads, contrastive_stats, perturb_normalize)
+    }
+    function = next(getattr(module, kernel) for module in modules.values() if hasattr(module, kernel))
+    torch_dtype = getattr(torch, dtype)
+    operand = "*fp16" if dtype == "float16" else "*fp32"
+    operands = {"x", "x_hat", "y_hat", "probabilities", "pair_hat", "dx"}
+    types = {"ids": "*i32", "seed": "*i64", "noise_std": "fp32", "log2_gain": "fp32"}
+    integers = {"rows", "first_row", "wave_rows", "first_col", "wave_columns", "columns", "paired", "pairs"}
+    integers |= {"features", "width", "stride", "row_stride", "stream"}
+    if kernel in MATMULS:
+        known = max(c for c, d in tiles.TILES if d == torch_dtype and c <= capability)
+        tile = tiles.TILES[known, torch_dtype]
+        constants = {
+            "BLOCK_ROWS": tile.block_rows,
+            "BLOCK_COLUMNS": tile.block_columns,
+            "BLOCK_FEATURES": tile.block_features,
+            "PRECISION": "tf32x3" if dtype == "float32" else "tf32",
+        }
+        options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
+    else:
+        block_rows, block_features, warps = sys.modules[perturb_normalize.__module__].row_blocks(features)
+        constants = {"BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features}
+        if kernel == "perturb_normalize_kernel":
+            # a stride of 1 is specialised, as it is in a launch
+            constants |= {"NOISE": True, "RELATIVE": False, "feature_stride": 1}
+        options, shape = {"num_warps": warps}, [block_rows, block_features, warps]
+    signature, attributes = {}, {}
+    for place, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = types.get(name) or ("i32" if name in integers else operand if name in operands else "*fp32")
+        if signature[name].startswith("*") or name in ("stride", "row_stride", "width", "features"):
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    instructions = re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)
+    return {
+        "kernel": kernel,
+        "capability": capability,
+        "dtype": dtype,
+        "features": features,
+        "tile": shape,
+        "registers": int(registers),
+        "spilled": int(stack),
+        "shared": compiled.metadata.shared,
+        "tensor_core": {name: instructions.count(name) for name in sorted(set(instructions))},
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", code)),
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps([compile_one(*job) for job in json.loads(sys.argv[1])]))
+    else:
+        print(
+            "| kernel | sm | operands | tile | registers | spilled | shared, KiB | tensor core |\n" + "|---" * 8 + "|"
+        )
+        for r in compile_all(matmul_jobs((80, 90, 100)) + [[kernel, 90, "float16", 1024] for kernel in ROWWISE]):
+            cores = ", ".join(f"{count} {name}" for name, count in r["tensor_core"].items())
+            print(
+                f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {' x '.join(map(str, r['tile']))} "
+                f"| {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} | {cores} |"
+            )
