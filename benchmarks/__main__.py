@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,10 +23,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from modest_align_kernels import available_backends, modest_align_loss
-from modest_align_kernels.testing import peak_extra_bytes
+from modest_align_kernels.testing import peak_extra_bytes, row_errors
 
 RESULTS = Path(__file__).parent / "results"
 SCALE = 14.3
+SHAPES = {
+    "cpu": ([1024, 4096, 8192, 16384], [512], ["float32"]),
+    "cuda": ([1024, 4096, 16384, 32768, 65536], [512, 768, 1024], ["bfloat16"]),
+}
+# The largest B whose gradient in float64 takes seconds.
+LARGEST_TRUTH = {"cpu": 4096, "cuda": 16384}
 Provider = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,36 +45,63 @@ def plain_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> 
 
 
 def providers(device: str) -> dict[str, Provider]:
-    """The losses that run on ``device``, by name."""
+    """The losses that run on ``device``, by name; on a GPU also PyTorch's compiler's and open_clip's."""
 
     def ours(backend: str) -> Provider:
         return lambda x, y, scale: modest_align_loss(x, y, scale, backend=backend)
 
     running = [name for name, reason in available_backends(device).items() if reason is None]
-    return {"plain": plain_loss, **{f"ours ({name})": ours(name) for name in running}}
+    if device == "cpu" and "triton" in running:  # only Triton's interpreter, which says nothing of speed
+        running.remove("triton")
+    found = {"plain": plain_loss, **{f"ours ({name})": ours(name) for name in running}}
+    if device != "cpu":
+        found["plain, torch.compile"] = torch.compile(plain_loss)
+        if find_spec("open_clip") is not None:
+            from open_clip.loss import ClipLoss
+
+            found["open_clip"] = lambda x, y, scale: ClipLoss()(
+                F.normalize(x, dim=1), F.normalize(y, dim=1), scale.to(x.dtype)
+            )
+    return found
 
 
-def measure(rows: int, features: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds, ratio to the plain loss and peak extra MiB of each provider, after an assertion that they agree."""
+def measure(
+    rows: int, features: int, dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, dict[str, float | str]]:
+    """Each provider's seconds, ratio to the plain loss, peak extra MiB and error, once they are seen to agree."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, features, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
     scale = torch.tensor(SCALE, device=device, requires_grad=True)
-    scratch = torch.empty(rows, rows, dtype=dtype, device=device)
 
-    def run(loss_fn: Provider) -> Tensor:
+    def run(loss_fn: Provider) -> tuple[Tensor, Tensor]:
         loss = loss_fn(x, y, scale)
-        torch.autograd.grad(loss, (x, y, scale))
-        return loss.detach()
+        return loss.detach(), torch.autograd.grad(loss, (x, y, scale))[0]
 
     def floor() -> None:
         with torch.no_grad():
             for _ in range(4):
                 torch.mm(x, y.T, out=scratch)
 
-    losses = providers(device)
-    values = [float(run(loss_fn)) for loss_fn in losses.values()]
-    named = dict(zip(losses, values, strict=True))
-    assert max(values) - min(values) <= 1e-2 * max(values), f"the losses differ: {named}"
+    truth = None
+    if rows <= LARGEST_TRUTH[device]:
+        exact = [t.detach().double().requires_grad_() for t in (x, y)]
+        truth = torch.autograd.grad(modest_align_loss(*exact, SCALE, backend="eager"), exact[0])[0]
+    result: dict[str, dict[str, float | str]] = {}
+    losses, values = {}, {}
+    for name, loss_fn in providers(device).items():
+        try:
+            value, grad = run(loss_fn)
+        except torch.OutOfMemoryError:
+            result[name] = {"failed": "out of memory"}
+            continue
+        losses[name], values[name] = loss_fn, float(value)
+        result[name] = {"peak_extra_mib": peak_extra_bytes(lambda f=loss_fn: run(f), device) / 2**20}
+        if truth is not None:
+            result[name]["worst_row_error"] = float(row_errors(grad, truth).max())
+        del grad
+    assert max(values.values()) - min(values.values()) <= 1e-2 * max(values.values()), f"the losses differ: {values}"
+    del truth
+    scratch = torch.empty(rows, rows, dtype=dtype, device=device)
     tasks = {"floor": floor, **{name: (lambda f=f: run(f)) for name, f in losses.items()}}
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
@@ -77,17 +111,13 @@ def measure(rows: int, features: int, dtype: torch.dtype, device: str, rounds: i
             task()
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    result = {}
-    for name, task in tasks.items():
-        ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-        result[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "seconds_low": min(seconds[name]),
-            "seconds_high": max(seconds[name]),
-            "ratio_to_plain": statistics.median(ratios),
-        }
-        if name != "floor":
-            result[name]["peak_extra_mib"] = peak_extra_bytes(task, device) / 2**20
+    for name, taken in seconds.items():
+        result.setdefault(name, {}).update(
+            seconds=statistics.median(taken), seconds_low=min(taken), seconds_high=max(taken)
+        )
+        if "plain" in seconds:
+            ratios = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
+            result[name]["ratio_to_plain"] = statistics.median(ratios)
     return result
 
 
@@ -118,33 +148,67 @@ def machine(device: str) -> dict[str, str | int]:
 def table(cases: list[dict]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| B = N | D | dtype | loss | forward + backward, ms | of plain's time | of the floor "
-        "| peak extra MiB | of plain's |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|",
+        "| B = N | D | dtype | loss | forward + backward, ms | of plain's time | of the floor | useful TFLOP/s "
+        "| peak extra MiB | of plain's | worst row's error |",
+        "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in cases:
-        results = case["results"]
+        results, flops = case["results"], 8 * case["rows"] ** 2 * case["features"]
         for name, r in results.items():
-            if name == "floor":
-                continue
-            lines.append(
-                f"| {case['rows']:,} | {case['features']:,} | {case['dtype']} | {name} | {r['seconds'] * 1e3:,.1f} "
-                f"| {r['ratio_to_plain']:.2f} | {results['floor']['seconds'] / r['seconds']:.0%} "
-                f"| {r['peak_extra_mib']:,.0f} | {r['peak_extra_mib'] / results['plain']['peak_extra_mib']:.1%} |"
-            )
+            start = f"| {case['rows']:,} | {case['features']:,} | {case['dtype']} | {name} "
+            if "failed" in r:
+                lines.append(start + f"| {r['failed']} | | | | | | |")
+            elif name != "floor":
+                plain = results["plain"].get("peak_extra_mib")
+                cells = [
+                    f"{r['seconds'] * 1e3:,.1f}",
+                    f"{r['ratio_to_plain']:.2f}" if "ratio_to_plain" in r else "",
+                    f"{results['floor']['seconds'] / r['seconds']:.0%}",
+                    f"{flops / r['seconds'] / 1e12:.3g}",
+                    f"{r['peak_extra_mib']:,.0f}",
+                    f"{r['peak_extra_mib'] / plain:.1%}" if plain else "",
+                    f"{r['worst_row_error']:.1e}" if "worst_row_error" in r else "",
+                ]
+                lines.append(start + "| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plot(cases: list[dict], path: Path) -> None:
+    """Time and memory against B, log-log, for the first width and dtype."""
+    from matplotlib.figure import Figure
+
+    cases = [c for c in cases if (c["features"], c["dtype"]) == (cases[0]["features"], cases[0]["dtype"])]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for name in dict.fromkeys(name for case in cases for name in case["results"]):
+        for axes, key, unit in ((time_axes, "seconds", 1e3), (memory_axes, "peak_extra_mib", 1)):
+            points = [(c["rows"], c["results"][name][key] * unit) for c in cases if key in c["results"].get(name, {})]
+            if points:
+                style = {"color": "#888888", "linestyle": ":"} if name == "floor" else {"marker": "o"}
+                axes.plot(*zip(*points, strict=True), label=name, **style)
+    title = f"D = {cases[0]['features']}, {cases[0]['dtype']}"
+    time_axes.set(title=f"Forward + backward, {title}", ylabel="ms")
+    memory_axes.set(title=f"Peak extra memory, {title}", ylabel="MiB")
+    for axes in (time_axes, memory_axes):
+        axes.set(xscale="log", yscale="log", xlabel="B = N")
+        axes.set_xticks(rows := [c["rows"] for c in cases], [f"{r:,}" for r in rows])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main(args: list[str] | None = None) -> None:
     """Measure, print the table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--features", type=int, nargs="+", default=[512])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, features, dtypes = SHAPES[device]
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
+    parser.add_argument("--features", type=int, nargs="+", default=features)
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results/<device>.json by default")
     options = parser.parse_args(args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     output = options.output or RESULTS / f"{device}.json"
     shapes = [(d, f, r) for d in options.dtypes for f in options.features for r in options.rows]
     cases = []
@@ -154,6 +218,7 @@ def main(args: list[str] | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     stored = {"machine": machine(device), "rounds": options.rounds, "cases": cases}
     output.write_text(json.dumps(stored, indent=1) + "\n")
+    plot(cases, output.with_suffix(".png"))
     print(table(cases))
 
 
