@@ -54,7 +54,9 @@ def matmul_jobs(capabilities: tuple[int, ...]) -> list[list]:
 
 def check(result: dict) -> None:
     what = f"{result['kernel']} for sm_{result['capability']}, {result['dtype']}, {result['tile']}"
-    assert result["spilled"] == 0, f"{what} spills {result['spilled']} bytes"
+    # The sines and cosines of the noise have a stack for arguments far past 2 pi, which theirs never are.
+    allowed = 32 if result["kernel"] == "perturb_normalize_kernel" else 0
+    assert result["spilled"] <= allowed, f"{what} spills {result['spilled']} bytes"
     assert result["registers"] <= 255, what
     assert result["shared"] <= SHARED_MEMORY[result["capability"]], what
     if result["kernel"] in MATMULS:

@@ -137,7 +137,7 @@ def row_blocks(features: int) -> tuple[int, int, int]:
     """BLOCK_ROWS, BLOCK_FEATURES and num_warps for rows of ``features``. Not yet measured."""
     block_features = triton.next_power_of_2(operand_features(features, "triton"))
     block_rows = max(1, _ELEMENTS // block_features)
-    return block_rows, block_features, 4 if block_features <= _ELEMENTS else 16
+    return block_rows, block_features, 8 if block_features <= _ELEMENTS else 16
 
 
 def perturb_normalize(

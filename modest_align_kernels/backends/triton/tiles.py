@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 # (smallest compute capability, operand dtype): the entry with the largest capability that the device has.
 TILES: dict[tuple[int, torch.dtype], Tile] = {
     (80, torch.float16): Tile(128, 128, 32, 8, 4),  # not yet measured
-    (80, torch.float32): Tile(64, 64, 32, 4, 3),  # not yet measured
+    (80, torch.float32): Tile(64, 64, 16, 4, 4),  # not yet measured
     (90, torch.float16): Tile(256, 128, 64, 8, 3),  # not yet measured
     (90, torch.float32): Tile(64, 128, 32, 8, 3),  # not yet measured
     (100, torch.float16): Tile(128, 64, 64, 8, 4),  # not yet measured
