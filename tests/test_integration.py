@@ -7,11 +7,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from modest_align_kernels import ModestAlignLoss, modest_align_loss, reference
+from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, reference
 from modest_align_kernels.autograd import ContrastiveLoss
 from modest_align_kernels.testing import Case, make_features, value_and_grads
 
 CASE = Case("", 24, 24, 16)
+BACKENDS = [name for name, reason in available_backends("cpu").items() if reason is None]
 
 
 class Model(torch.nn.Module):
@@ -32,11 +33,12 @@ def grads_of(model, *args):
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [False, True])
-def test_compiles_once_for_all_batch_sizes_and_seeds(groups: bool) -> None:
+def test_compiles_once_for_all_batch_sizes_and_seeds(groups: bool, backend: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = Model(noise_std=0.1, smoothing=0.1)
+    model = Model(noise_std=0.1, smoothing=0.1, backend=backend)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     frames = []
     for rows in (24, 10, 17):
@@ -109,23 +111,24 @@ def test_activation_checkpointing_repeats_the_noise(use_reentrant: bool) -> None
     assert torch.equal(y.grad, expected[1])
 
 
-def test_operators_keep_their_contracts() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_keep_their_contracts(backend: str) -> None:
     x, y = make_features(Case("", 6, 9, 8), torch.float32)
     scale, ids = torch.tensor(10.0), torch.arange(6) % 4
     op = torch.ops.modest_align
     seed = torch.tensor(7)
     checks = ("test_schema", "test_faketensor")
-    eager = {"backend": "eager"}
-    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, torch.bfloat16), eager, test_utils=checks)
-    x_hat, inv_norm = op.perturb_normalize(x, None, 0, 0.0, False, torch.float32, **eager)
-    y_hat, _ = op.perturb_normalize(y, None, 1, 0.0, False, torch.float32, **eager)
-    torch.library.opcheck(op.contrastive_stats, (x_hat, y_hat, scale, ids, True), eager, test_utils=checks)
-    _, row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, True, **eager)
+    where = {"backend": backend}
+    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, torch.float16), where, test_utils=checks)
+    x_hat, inv_norm = op.perturb_normalize(x, None, 0, 0.0, False, torch.float32, **where)
+    y_hat, _ = op.perturb_normalize(y, None, 1, 0.0, False, torch.float32, **where)
+    torch.library.opcheck(op.contrastive_stats, (x_hat, y_hat, scale, ids, True), where, test_utils=checks)
+    _, row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, True, **where)
     for want_x, want_y in ((True, True), (False, True), (True, False)):
         args = (x_hat, y_hat, scale, row_lse, col_lse, None, want_x, want_y)
-        torch.library.opcheck(op.contrastive_grads, args, eager, test_utils=checks)
-    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, 8), scale, 8, torch.bfloat16)
-    torch.library.opcheck(op.perturb_normalize_backward, args, eager, test_utils=checks)
+        torch.library.opcheck(op.contrastive_grads, args, where, test_utils=checks)
+    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, x_hat.shape[1]), scale, 8, torch.bfloat16)
+    torch.library.opcheck(op.perturb_normalize_backward, args, where, test_utils=checks)
 
 
 def test_no_gradient_no_saved_tensors() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from modest_align_kernels import modest_align_loss
 from modest_align_kernels.backends import eager
-from modest_align_kernels.testing import peak_extra_bytes
+from modest_align_kernels.testing import peak_extra_bytes, poisoned_memory
 
 
 def peak(rows: int, features: int = 64, **kwargs) -> int:
@@ -17,6 +17,13 @@ def peak(rows: int, features: int = 64, **kwargs) -> int:
 def test_peak_extra_bytes_sees_what_is_held() -> None:
     assert peak_extra_bytes(lambda: torch.empty(1 << 20) + torch.ones(1 << 20)) == 3 * 4 << 20
     assert peak_extra_bytes(lambda: len([torch.empty(1 << 20) for _ in range(4)])) >= 4 * 4 << 20
+
+
+def test_poisoned_memory_is_poisoned() -> None:
+    with poisoned_memory():
+        assert torch.empty(100).isnan().all()
+        assert torch.empty(100, dtype=torch.float16).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_memory_grows_with_the_rows_not_with_their_square(monkeypatch) -> None:

@@ -135,8 +135,8 @@ def contrastive_stats(
     positive_kernel[(triton.cdiv(rows, 8),)](
         x_hat, y_hat, scale, positive, rows, features, BLOCK_ROWS=8, BLOCK_FEATURES=128
     )
-    lse = torch.full((2, rows), -torch.inf, dtype=torch.float32, device=x_hat.device)
-    row_lse, col_lse = lse
+    row_lse = torch.full((rows,), -torch.inf, dtype=torch.float32, device=x_hat.device)
+    col_lse = row_lse.clone()
     ids = pair_ids(x_hat, y_hat, group_ids)
     tiles_of_columns = triton.cdiv(columns, tile.block_columns)
     bytes_per_row = 4 * (tiles_of_columns + triton.cdiv(paired, tile.block_rows))
