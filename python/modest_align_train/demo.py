@@ -142,7 +142,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
         [runs[kind][0] for kind in KINDS],
         output / "report.html",
         title="Modest-Align on drawings and their captions",
-        sections=[_sweep_section(sweep, noise_std)],
+        sections=[_method_section(seeds), _sweep_section(sweep, noise_std)],
         table=table,
     )
     print(f"\n{markdown}\n\n{results['effect']}\n\n{report}, after {time.perf_counter() - started:.0f} s")
@@ -249,6 +249,17 @@ def _effect(rows: Sequence[dict[str, Any]], noise_std: float) -> str:
         f"Random perturbation alone (noise_std {noise_std:g} on unit-norm latents) changes {'; '.join(parts)}. In "
         "points, mean of both directions, with 95% intervals of a paired bootstrap over the test concepts."
     )
+
+
+def _method_section(seeds: int) -> Section:
+    means = f"The first table holds means of {seeds} seeds; plots and examples are of seed 0. " if seeds > 1 else ""
+    text = (
+        f"{means}Recalls are means of both directions. RP adds noise to the unit-norm latents before the adapters, ES "
+        f"gives {SMOOTHING:.0%} of the target to the negatives; {SHUFFLED:.0%} shuffled: that share of the training "
+        "images had their captions passed round. Intervals draw the test concepts with replacement and take the runs "
+        "as they are."
+    )
+    return Section("What the rows are", text)
 
 
 def _sweep_section(sweep: Sequence[dict[str, float]], chosen: float) -> Section:
