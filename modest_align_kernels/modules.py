@@ -130,7 +130,7 @@ class ModestAlignLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        """The settings that differ from the defaults of the function."""
+        """The settings, as ``repr`` shows them."""
         scale = (
             "per call"
             if self.logit_scale is None

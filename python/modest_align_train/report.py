@@ -28,13 +28,13 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from modest_align_train.adapters import load_aligner
-from modest_align_train.evaluate import BINS, best_ranks, evaluate, load_ranks, paired_difference
+from modest_align_train.evaluate import BINS, RECALL_AT, best_ranks, evaluate, load_ranks, paired_difference
 from modest_align_train.latents import Latents, atomic_path, load_latents, open_image
 from modest_align_train.search import all_captions, default_latents, nearest_captions, nearest_images
 from modest_align_train.settings import read_settings
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
-RECALLS = ("R@1", "R@5", "R@10")
+RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
 
 # Middle tones, legible on white and on near-black.
 COLOURS = ("#3a7fc1", "#e0812a", "#2f9c72", "#9a68c4", "#d4525f", "#18a0b0", "#a3784c", "#c96aa5")

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from modest_align_kernels.backends import accumulation_dtype, operand_features
 
-# A row of more features would no longer fit into the registers of one program.
-MAX_FEATURES = 16384
 _ELEMENTS = 4096  # a program's, so that narrow rows share one
 
 
