@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= demo_run
 BIN := $(VENV)/bin
-SOURCES := modest_align_kernels python benchmarks tests
+SOURCES := modest_align_kernels python benchmarks tests setup.py
 
 .PHONY: demo test lint benchmark readme gpu-check
 
@@ -37,7 +37,7 @@ readme: $(VENV)/test.installed
 
 $(VENV)/demo.installed: EXTRAS := train,encoders
 $(VENV)/test.installed: EXTRAS := test,encoders
-$(VENV)/%.installed: pyproject.toml constraints.txt
+$(VENV)/%.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

@@ -7,9 +7,21 @@ from importlib.util import find_spec
 
 import torch
 
+try:
+    from modest_align_kernels import _C
+except ImportError as error:
+    _WITHOUT_NATIVE: str | None = (
+        f"the compiled kernels are not there ({error}): install again with a C++17 compiler and without "
+        "MODEST_ALIGN_NATIVE=0"
+    )
+else:
+    _WITHOUT_NATIVE = None
+
 BACKENDS = ("eager", "native", "triton")
-# What backend="auto" tries, in this order; on any other device it is the eager backend.
-_AUTO = {"cuda": ("triton", "eager")}
+_HAS_TRITON = find_spec("triton") is not None
+# What backend="auto" tries, in this order; on any other device it is the eager backend. On a GPU nothing has been
+# measured yet, so the compiled kernels for one run by name only.
+_AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}
 # A program of Triton's normalisation holds whole rows in registers.
 _TRITON_FEATURES = 16384
 
@@ -25,13 +37,25 @@ def why_not(
         dtype: of the features; None asks about the device alone.
         features: D; None asks about the device alone.
     """
-    if name == "native":
-        return 'the compiled kernels are not part of this version yet; backend="eager" runs on any device'
-    return _why_not_triton(device, dtype, features) if name == "triton" else None
+    if name == "eager":
+        return None
+    return (_why_not_native if name == "native" else _why_not_triton)(device, dtype, features)
+
+
+def _why_not_native(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
+    if _WITHOUT_NATIVE is not None:
+        return _WITHOUT_NATIVE
+    if device.type == "cuda":
+        return "the CUDA kernels are not part of this version yet"
+    if device.type != "cpu":
+        return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
+    if dtype == torch.float64:
+        return 'float64 features run on backend="eager" only'
+    return None
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return 'Triton is not installed: pip install "triton>=3.6"'
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -86,7 +110,7 @@ def operand_dtype(features: torch.dtype, device: torch.device, backend: str) -> 
 
     float32 and float64 features keep theirs: that precision was asked for. 16-bit features (and float32 ones under
     autocast) become float16 on a GPU, three bits more than bfloat16 at the same speed: normalised values cannot
-    overflow it. On a CPU bfloat16 stays bfloat16, whose matmul is fast there; float16, whose matmul is a hundred times
+    overflow it. On a CPU bfloat16 stays bfloat16 where its products are fast; float16, whose matmul is a hundred times
     slower, becomes float32.
     """
     if torch.is_autocast_enabled(device.type) and features != torch.float64:
@@ -95,8 +119,8 @@ def operand_dtype(features: torch.dtype, device: torch.device, backend: str) -> 
         return features
     if device.type == "cuda" or backend == "triton":
         return torch.float16
-    return torch.bfloat16 if features == torch.bfloat16 and _fast_bfloat16() else torch.float32
+    return torch.bfloat16 if features == torch.bfloat16 and _fast_bfloat16(backend) else torch.float32
 
 
-def _fast_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _fast_bfloat16(backend: str) -> bool:
+    return _C.cpu_bfloat16() if backend == "native" else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

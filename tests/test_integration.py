@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, reference
 from modest_align_kernels.autograd import ContrastiveLoss
+from modest_align_kernels.dispatch import operand_dtype
 from modest_align_kernels.testing import Case, make_features, value_and_grads
 
 CASE = Case("", 24, 24, 16)
@@ -63,16 +64,18 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(grads_of(compiled, x, y), grads_of(model, x, y), rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_gives_a_float32_loss_from_16_bit_operands() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gives_a_float32_loss_from_16_bit_operands(backend: str) -> None:
     x, y = make_features(CASE, torch.float32)
+    exact = modest_align_loss(x, y, 14.3, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = modest_align_loss(x, y, 14.3)
-        outputs = ContrastiveLoss.apply(
-            x, y, torch.tensor(14.3), None, None, None, 0.0, False, True, torch.bfloat16, "eager"
-        )
+        loss = modest_align_loss(x, y, 14.3, backend=backend)
+        operands = operand_dtype(torch.float32, x.device, backend)
+        outputs = ContrastiveLoss.apply(x, y, torch.tensor(14.3), None, None, None, 0.0, False, True, operands, backend)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, outputs[0])
-    assert outputs[1].dtype == torch.bfloat16
+    assert outputs[1].dtype == operands
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
 
 
 def test_autocast_leaves_no_trace_in_float64() -> None:
@@ -119,7 +122,8 @@ def test_operators_keep_their_contracts(backend: str) -> None:
     seed = torch.tensor(7)
     checks = ("test_schema", "test_faketensor")
     where = {"backend": backend}
-    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, torch.float16), where, test_utils=checks)
+    operands = torch.float32 if backend == "native" else torch.float16
+    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, operands), where, test_utils=checks)
     x_hat, inv_norm = op.perturb_normalize(x, None, 0, 0.0, False, torch.float32, **where)
     y_hat, _ = op.perturb_normalize(y, None, 1, 0.0, False, torch.float32, **where)
     torch.library.opcheck(op.contrastive_stats, (x_hat, y_hat, scale, ids, True), where, test_utils=checks)

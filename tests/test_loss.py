@@ -151,16 +151,16 @@ def test_around_the_limits_of_one_shift(backend: str, scale: float) -> None:
     assert_within_budget(loss_on(backend), Case("shift", 40, 50, 32, scale=scale, geometry="antipodal"), torch.float32)
 
 
-def test_confident_rows_keep_their_relative_accuracy() -> None:
+def test_confident_rows_keep_their_relative_accuracy(backend: str) -> None:
     # 1 - p of about 1e-9: a softmax in float32 returns 0 here
     x = torch.eye(8)
     x_grad = x.clone().requires_grad_()
-    loss = modest_align_loss(x_grad, x, 23.0)
+    loss = modest_align_loss(x_grad, x, 23.0, backend=backend)
     assert float(loss.detach()) == pytest.approx(7 * math.exp(-23), rel=1e-4)
     truth = x.double().requires_grad_()
     reference.modest_align_loss(truth, x.double(), 23.0).backward()
     (grad,) = torch.autograd.grad(loss, x_grad)
-    torch.testing.assert_close(grad.double(), truth.grad, rtol=1e-4, atol=0)
+    assert row_errors(grad, truth.grad).max() <= 1e-4
 
 
 def test_empty_batch(backend: str) -> None:

@@ -29,7 +29,7 @@ def test_poisoned_memory_is_poisoned() -> None:
 def test_memory_grows_with_the_rows_not_with_their_square(monkeypatch) -> None:
     monkeypatch.setattr(eager, "BLOCK_ROWS", 64)
     monkeypatch.setattr(eager, "BLOCK_COLUMNS", 256)
-    small, large = peak(1024), peak(4096)
+    small, large = peak(1024, backend="eager"), peak(4096, backend="eager")
     assert large <= 4.1 * small
     assert large <= 6 * 4096 * 64 * 4  # x_hat, y_hat, two sums, the gradients
 

@@ -17,6 +17,9 @@ ALLOWED = {
     "reference": set(),
     "backends": set(),
     "backends.eager": {"backends", "reference"},
+    "backends.native": set(),  # takes cpu or cuda by the tensor's device
+    "backends.native.addresses": set(),
+    "backends.native.cpu": {"_C", "backends", "backends.native.addresses"},
     "backends.triton": {
         "backends.triton.contrastive_grads",
         "backends.triton.contrastive_stats",
@@ -29,7 +32,7 @@ ALLOWED = {
     "backends.triton.tiles": set(),
     "ops": {"backends"},
     "autograd": {"ops", "reference"},
-    "dispatch": set(),
+    "dispatch": {"_C"},
     "functional": {"dispatch", "autograd", "backends"},
     "modules": {"functional"},
     "testing": {"reference"},
@@ -48,7 +51,11 @@ def imports_of(path: Path) -> set[str]:
             submodule = [path.parent, ROOT, ROOT / "python"]
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {
-                name for name in names for root in submodule[1:] if (root / (name.replace(".", "/") + ".py")).exists()
+                name
+                for name in names
+                for root in submodule[1:]
+                for suffix in (".py", ".pyi")
+                if (root / (name.replace(".", "/") + suffix)).exists()
             }
             found |= modules or {node.module}
     return found

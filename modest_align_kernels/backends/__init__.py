@@ -9,13 +9,25 @@ from torch import Tensor
 WORKSPACE_BYTES = 256 * 2**20
 # float16 holds P * 2^10 without overflow (P <= 2) and keeps P as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
-# Triton's operands have rows of whole blocks of features, the last ones zero: every load is aligned, none is masked.
-TRITON_FEATURES_MULTIPLE = 64
+# Compiled operands have rows of whole blocks of features, the last ones zero: every load is aligned, none is masked.
+_FEATURES_MULTIPLE = {"triton": 64, "native": 64}
 
 
 def operand_features(features: int, backend: str) -> int:
     """The width of a backend's x_hat and y_hat for D features; what is past D is zero."""
-    return -(-features // TRITON_FEATURES_MULTIPLE) * TRITON_FEATURES_MULTIPLE if backend == "triton" else features
+    multiple = _FEATURES_MULTIPLE.get(backend, 1)
+    return -(-features // multiple) * multiple
+
+
+def pair_ids(x_hat: Tensor, y_hat: Tensor, group_ids: Tensor | None) -> Tensor:
+    """Int32 [N]: row i and column j are no negatives of each other where ids[i] == ids[j].
+
+    Without groups the ids are the rows' numbers, which leaves out the diagonal; columns past B have ids of their own.
+    """
+    ids = torch.arange(y_hat.shape[0], dtype=torch.int32, device=x_hat.device)
+    if group_ids is not None:
+        ids[: group_ids.shape[0]] = group_ids
+    return ids
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

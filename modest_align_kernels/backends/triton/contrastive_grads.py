@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modest_align_kernels.backends import FP16_GAIN, WORKSPACE_BYTES, accumulate_matmul
+from modest_align_kernels.backends import FP16_GAIN, WORKSPACE_BYTES, accumulate_matmul, pair_ids
 from modest_align_kernels.backends.triton.logits import (
     dot_tile,
     even_blocks,
     exclude,
-    pair_ids,
     round_up,
     tile_of_program,
 )

@@ -1,15 +1,9 @@
-"""What the two matmul kernels share: the order of the tiles, a tile of logits, and the pairs that are no negatives.
-
-A pair is left out where its row and its column have the same id. Without groups the ids are the rows' numbers, so that
-the diagonal is left out; columns past B have ids of their own.
-"""
+"""What the two matmul kernels share: the order of the tiles, a tile of logits, and the pairs that are no negatives."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -59,14 +53,6 @@ def exclude(values, row_id, col_id, row_inside, col_inside, FILL: tl.constexpr):
         out = (row_id[:, None] == col_id[None, :]) | (row_inside == 0)[:, None] | (col_inside == 0)[None, :]
         values = tl.where(out, FILL, values)
     return values
-
-
-def pair_ids(x_hat: Tensor, y_hat: Tensor, group_ids: Tensor | None) -> Tensor:
-    """Int32 [N]: row i and column j are no negatives of each other where ids[i] == ids[j]."""
-    ids = torch.arange(y_hat.shape[0], dtype=torch.int32, device=x_hat.device)
-    if group_ids is not None:
-        ids[: group_ids.shape[0]] = group_ids
-    return ids
 
 
 def round_up(value: int, multiple: int) -> int:

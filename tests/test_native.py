@@ -1,0 +1,145 @@
+"""The compiled CPU kernels on every instruction set that this machine has, around their tiles and blocks."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from modest_align_kernels import available_backends, modest_align_loss, reference
+from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
+
+if (reason := available_backends("cpu")["native"]) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from modest_align_kernels import _C
+from modest_align_kernels.backends.native import cpu
+
+BEST = _C.cpu_level()
+
+
+@pytest.fixture(params=_C.cpu_levels())
+def level(request):
+    assert _C.set_cpu_level(request.param)
+    yield request.param
+    assert _C.set_cpu_level(BEST)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def native_loss(*args, **kwargs):
+    return modest_align_loss(*args, backend="native", **kwargs)
+
+
+def test_levels() -> None:
+    assert _C.cpu_levels()[-1] == "baseline"
+    assert _C.cpu_levels()[0] == BEST
+    assert not _C.set_cpu_level("avx3")
+    assert _C.cpu_level() == BEST
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_budget_on_every_level(level: str, case: Case) -> None:
+    with poisoned_memory():
+        assert_within_budget(native_loss, case, torch.float32, seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "features"),
+    [(23, 33, 70), (24, 32, 64), (25, 31 + 17, 65), (300, 301, 2000), (1100, 2150, 24)],
+    ids=["around a tile", "whole tiles", "past a tile", "several panels", "several blocks of G"],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_around_tiles_and_blocks(
+    level: str, two_threads: None, rows: int, columns: int, features: int, symmetric: bool
+) -> None:
+    for scale, groups in ((14.3, 0), (300.0, rows // 3)):
+        case = Case("blocks", rows, columns, features, scale=scale, groups=groups, symmetric=symmetric)
+        with poisoned_memory():
+            assert_within_budget(native_loss, case, torch.float32, seeds=1)
+
+
+@pytest.mark.parametrize("rows", [23, 1100])
+def test_bfloat16_blocks(two_threads: None, rows: int) -> None:
+    case = Case("bfloat16", rows, rows + 51, 72, groups=rows // 3)
+    with poisoned_memory():
+        assert_within_budget(native_loss, case, torch.bfloat16, seeds=1)
+
+
+def test_equal_bits_in_every_run(level: str, two_threads: None) -> None:
+    x, y = (t.requires_grad_() for t in make_features(Case("", 1500, 1600, 64), torch.float32))
+
+    def grads() -> tuple[torch.Tensor, ...]:
+        loss = native_loss(x, y, 30.0, smoothing=0.1)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y))
+
+    first = grads()
+    for _ in range(3):
+        for a, b in zip(first, grads(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [1, 15, 64, 1000])
+@pytest.mark.parametrize("relative", [False, True])
+def test_noise_is_the_references(level: str, relative: bool, features: int, dtype: torch.dtype) -> None:
+    x, _ = make_features(Case("", 21, 21, features), dtype)
+    seed = torch.tensor((77 << 40) + 987654321987)
+    x_hat, inv_norm = cpu.perturb_normalize(x.T.contiguous().T, seed, 1, 0.5, relative, torch.float32)
+    truth = reference.perturb_normalize(x.double(), seed=seed, stream=1, noise_std=0.5, relative_noise=relative)
+    assert ((x_hat.double()[:, :features] - truth).norm(dim=1) <= 2e-6).all()
+    assert not x_hat[:, features:].any()
+    assert inv_norm.isfinite().all()
+
+
+def test_long_noise_has_the_moments_of_a_normal() -> None:
+    zero = torch.zeros(1, 4_000_000)
+    x_hat, inv_norm = cpu.perturb_normalize(zero, torch.tensor(5), 0, 1.0, False, torch.float32)
+    noise = (x_hat / inv_norm).double()
+    assert abs(float(noise.mean())) < 3e-3
+    assert float(noise.var()) == pytest.approx(1, abs=5e-3)
+    assert float((noise**4).mean()) == pytest.approx(3, abs=5e-2)
+
+
+def test_kernels_refuse_what_they_would_misread() -> None:
+    x, y = make_features(Case("", 8, 8, 64), torch.float32)
+    x_hat, inv_norm = cpu.perturb_normalize(x, None, 0, 0.0, False, torch.float32)
+    y_hat, _ = cpu.perturb_normalize(y, None, 1, 0.0, False, torch.float32)
+    scale = torch.tensor(10.0)
+    with pytest.raises(ValueError, match=r"operand_dtype: got torch\.float16, want torch\.float32"):
+        cpu.contrastive_stats(x_hat.half(), y_hat.half(), scale, None, True)
+    with pytest.raises(TypeError, match=r"y_hat: got torch\.float64, want torch\.float32"):
+        cpu.contrastive_stats(x_hat, y_hat.double(), scale, None, True)
+    with pytest.raises(ValueError, match=r"y_hat: got strides \(1, 8\)"):
+        cpu.contrastive_stats(x_hat, y_hat.T.contiguous().T, scale, None, True)
+    with pytest.raises(ValueError, match=r"offset: got shape \(2, 8\), want \(2, 64\)"):
+        cpu.perturb_normalize_backward(
+            x_hat, x_hat, inv_norm, y_hat, inv_norm, torch.zeros(2, 8), scale, 64, torch.float32
+        )
+
+
+def test_memory_stays_far_below_the_matrix(two_threads: None) -> None:
+    from modest_align_kernels.testing import peak_extra_bytes
+
+    x, y = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
+    assert peak_extra_bytes(lambda: native_loss(x, y, 14.3).backward()) < 0.25 * 6000**2 * 4
+
+
+def test_the_stub_names_what_the_module_has() -> None:
+    stub = ast.parse((Path(cpu.__file__).parents[2] / "_C.pyi").read_text())
+    functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+    values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in dir(_C) if not name.startswith("_")}
+    optional = {name for name in functions if name.startswith("cuda_")} if not _C.cuda else set()
+    assert public == (set(functions) | values) - optional
+    for name in public & set(functions):
+        taken = re.match(rf"{name}\((.*?)\) -> ", getattr(_C, name).__doc__)[1]
+        assert len(functions[name].args.args) == len(re.findall(r"arg\d+:", taken)), name
