@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +147,46 @@ def test_the_stub_names_what_the_module_has() -> None:
     for name in public & set(functions):
         taken = re.match(rf"{name}\((.*?)\) -> ", getattr(_C, name).__doc__)[1]
         assert len(functions[name].args.args) == len(re.findall(r"arg\d+:", taken)), name
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers(tmp_path) -> None:
+    root = Path(__file__).parents[1]
+    for name in ("csrc", "modest_align_kernels", "python", "tests"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "demo_data"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    target = tmp_path / "installed"
+    build = {"MODEST_ALIGN_SANITIZE": "address,undefined", "MODEST_ALIGN_NATIVE": "1", "MODEST_ALIGN_CUDA": "0"}
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, tmp_path]
+    subprocess.run(install, env={**os.environ, **build}, check=True)
+    libraries = [
+        subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], text=True, capture_output=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    ]
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(map(str.strip, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they hold
+        "UBSAN_OPTIONS": "halt_on_error=1",
+        "PYTHONPATH": str(target),
+    }
+    code = "import torch, modest_align_kernels._C as c; print(c.__file__)"
+    where = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path / "tests", text=True, capture_output=True
+    )
+    assert where.stdout.startswith(str(target)), where.stderr
+    grid = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        tmp_path,
+        tmp_path / "tests/test_native.py",
+    ]
+    skip = ["-k", "not moments and not sanitizers", "-p", "no:cacheprovider"]
+    run = subprocess.run([*grid, *skip], env=env, cwd=tmp_path / "tests", text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -9,8 +9,8 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kHeadroom = 100.0f;
 constexpr float kSmallestLog2Sum = -80.0f;
-// Bytes of G for each thread, and in all; large enough that packing the other side costs little.
-constexpr int64_t kBlockBytes = int64_t{8} << 20, kMostBlockBytes = int64_t{256} << 20;
+// Bytes of G for each thread, and in all: eight times as much is no faster.
+constexpr int64_t kBlockBytes = int64_t{1} << 20, kMostBlockBytes = int64_t{64} << 20;
 // Rows of a product that one task computes.
 constexpr int64_t kTaskRows = 21 * kTileRows;
 // Bytes of the right operand that stay packed, for the second cache.
@@ -213,7 +213,7 @@ void product(const typename Operand::Element* g, int64_t stride, int64_t count, 
 template <class Operand>
 void run(const void* x_hat, const void* y_hat, const float* scale, const float* row_lse, const float* col_lse,
          const int32_t* ids, float* grad_x, float* grad_y, int64_t rows, int64_t columns, int64_t width,
-         void* workspace, int threads) {
+         void* workspace, int threads, int used, Team& team) {
   using Element = typename Operand::Element;
   Problem<Operand> p;
   p.x_hat = static_cast<const Element*>(x_hat);
@@ -229,8 +229,6 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const float* 
   Workspace w;
   const Extents e = extents<Operand>(rows, columns, width, threads);
   lay_out<Operand>(static_cast<char*>(workspace), w, rows, columns, width, threads);
-  const int64_t products = rows * columns * width;
-  const int used = useful_threads(threads, products);
   p.one_shift = p.scale_log2 <= 2 * kHeadroom;
   for (int64_t i = 0; i < rows; ++i) {
     w.row_log2[i] = row_lse[i] * kLog2E;
@@ -250,9 +248,9 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const float* 
     const int64_t i1 = smaller(rows, i0 + e.block_rows);
     for (int64_t j0 = 0; j0 < columns; j0 += e.block_columns) {
       const int64_t j1 = smaller(columns, j0 + e.block_columns), stride = padded(j1 - j0);
-      // Few tasks pack the columns less often; a quarter more than the threads would leave some waiting.
+      // Each task packs all columns of the block: few tasks, but some to spare for a thread that is held up.
       const int64_t part = even_part(i1 - i0, divide_up(i1 - i0, 2 * used), kTileRows);
-      parallel(used, divide_up(i1 - i0, part), [&](int64_t task, int worker) {
+      parallel(team, divide_up(i1 - i0, part), [&](int64_t task, int worker) {
         const int64_t first = i0 + task * part;
         write_g<Operand>(p, w.workers + worker * w.worker_bytes, i0, first, smaller(i1, first + part), j0, j1, g,
                          stride);
@@ -261,7 +259,7 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const float* 
       const int64_t y_part = even_part(j1 - j0, smaller(kTaskRows, divide_up(j1 - j0, used)), kTileRows);
       const int64_t x_tasks = grad_x ? divide_up(i1 - i0, x_part) : 0;
       const int64_t y_tasks = grad_y ? divide_up(j1 - j0, y_part) : 0;
-      parallel(used, x_tasks + y_tasks, [&](int64_t task, int worker) {
+      parallel(team, x_tasks + y_tasks, [&](int64_t task, int worker) {
         char* scratch = w.workers + worker * w.worker_bytes;
         if (task < x_tasks) {
           const int64_t m = task * x_part;
@@ -280,14 +278,18 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const float* 
 void grads(const void* x_hat, const void* y_hat, Dtype operand_dtype, const float* scale, const float* row_lse,
            const float* col_lse, const int32_t* ids, float* grad_x, float* grad_y, int64_t rows, int64_t columns,
            int64_t width, void* workspace, int threads) {
+  const int used = useful_threads(threads, rows * columns * width);
+  with_team(used, [&](Team& team) {
 #if defined(__AVX512BF16__)
-  if (operand_dtype == Dtype::bfloat16) {
-    return run<BFloat16>(x_hat, y_hat, scale, row_lse, col_lse, ids, grad_x, grad_y, rows, columns, width, workspace,
-                         threads);
-  }
+    if (operand_dtype == Dtype::bfloat16) {
+      return run<BFloat16>(x_hat, y_hat, scale, row_lse, col_lse, ids, grad_x, grad_y, rows, columns, width, workspace,
+                           threads, used, team);
+    }
 #endif
-  (void)operand_dtype;
-  run<Float32>(x_hat, y_hat, scale, row_lse, col_lse, ids, grad_x, grad_y, rows, columns, width, workspace, threads);
+    (void)operand_dtype;
+    run<Float32>(x_hat, y_hat, scale, row_lse, col_lse, ids, grad_x, grad_y, rows, columns, width, workspace, threads,
+                 used, team);
+  });
 }
 
 int64_t workspace_bytes(int64_t rows, int64_t columns, int64_t width, Dtype operand_dtype, int threads) {

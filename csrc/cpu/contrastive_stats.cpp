@@ -38,6 +38,17 @@ struct Worker {
 
 int64_t padded(int64_t columns) { return round_up(columns, kTileColumns); }
 
+// Rows that are collected together, into column sums of their own: a slot is a task.
+struct Slots {
+  int64_t rows, count;
+};
+
+Slots slots(int64_t rows, int64_t steps, int threads) {
+  const int64_t wanted = larger(threads, smaller(32, rows / panel_rows(steps)));
+  const int64_t slot_rows = round_up(divide_up(rows, wanted), kTileRows);
+  return {slot_rows, divide_up(rows, slot_rows)};
+}
+
 struct Workspace {
   double *row_total, *col_total;  // [rows], [slots, padded columns]
   float *row_shift, *col_shift;
@@ -48,7 +59,7 @@ struct Workspace {
 int64_t lay_out(char* base, Workspace& w, int64_t rows, int64_t columns, int64_t steps, int threads) {
   Arena arena{base};
   w.row_total = arena.take<double>(rows);
-  w.col_total = arena.take<double>(threads * padded(columns));
+  w.col_total = arena.take<double>(slots(rows, steps, threads).count * padded(columns));
   w.row_shift = arena.take<float>(rows);
   w.col_shift = arena.take<float>(padded(columns));
   w.workers = arena.next;
@@ -194,13 +205,12 @@ void collect_rows(const Problem<Operand>& p, const Workspace& w, const Worker& w
 
 // Row and column totals of the whole matrix; the columns' end in the first slot, merged in the order of the slots.
 template <class Operand, Collect collect>
-void collect_all(const Problem<Operand>& p, const Workspace& w, int threads) {
-  const int64_t slot_rows = round_up(divide_up(p.rows, threads), kTileRows), slots = divide_up(p.rows, slot_rows);
-  parallel(threads, slots, [&](int64_t slot, int worker) {
-    collect_rows<Operand, collect>(p, w, worker_at(w, worker, p.steps), slot * slot_rows,
-                                   smaller(p.rows, (slot + 1) * slot_rows), w.col_total + slot * padded(p.columns));
+void collect_all(const Problem<Operand>& p, const Workspace& w, const Slots& slots, Team& team) {
+  parallel(team, slots.count, [&](int64_t slot, int worker) {
+    collect_rows<Operand, collect>(p, w, worker_at(w, worker, p.steps), slot * slots.rows,
+                                   smaller(p.rows, (slot + 1) * slots.rows), w.col_total + slot * padded(p.columns));
   });
-  for (int64_t slot = 1; slot < slots; ++slot) {
+  for (int64_t slot = 1; slot < slots.count; ++slot) {
     for (int64_t j = 0; j < p.paired; ++j) {
       const double value = w.col_total[slot * padded(p.columns) + j];
       double& total = w.col_total[j];
@@ -211,12 +221,12 @@ void collect_all(const Problem<Operand>& p, const Workspace& w, int threads) {
 
 template <class Operand>
 void run(Problem<Operand> p, const float* scale, float* positive, float* row_lse, float* col_lse, char* base,
-         int threads) {
+         int threads, Team& team) {
   Workspace w;
   lay_out(base, w, p.rows, p.columns, p.steps, threads);
-  threads = useful_threads(threads, p.rows * p.columns * p.width);
-  parallel(threads, threads, [&](int64_t part, int) {
-    for (int64_t i = p.rows * part / threads; i < p.rows * (part + 1) / threads; ++i) {
+  const Slots parts = slots(p.rows, p.steps, threads);
+  parallel(team, parts.count, [&](int64_t part, int) {
+    for (int64_t i = part * parts.rows; i < smaller(p.rows, (part + 1) * parts.rows); ++i) {
       Vec dot = {};
       for (int64_t d = 0; d < p.width; d += kLanes) {
         dot += Operand::load_vector(p.x_hat + i * p.width + d) * Operand::load_vector(p.y_hat + i * p.width + d);
@@ -229,7 +239,7 @@ void run(Problem<Operand> p, const float* scale, float* positive, float* row_lse
   bool one_shift = p.scale_log2 <= 2 * kHeadroom;
   if (one_shift) {
     p.shift = p.scale_log2 > kHeadroom ? p.scale_log2 - kHeadroom : 0.0f;
-    collect_all<Operand, Collect::sums>(p, w, threads);
+    collect_all<Operand, Collect::sums>(p, w, parts, team);
     for (int64_t i = 0; i < p.rows; ++i) {
       const double row = w.row_total[i], col = i < p.paired ? w.col_total[i] : 1.0;
       if (row < __builtin_exp2(kSmallestLog2Sum) || col < __builtin_exp2(kSmallestLog2Sum)) one_shift = false;
@@ -238,14 +248,14 @@ void run(Problem<Operand> p, const float* scale, float* positive, float* row_lse
     }
   }
   if (!one_shift) {
-    collect_all<Operand, Collect::maxima>(p, w, threads);
+    collect_all<Operand, Collect::maxima>(p, w, parts, team);
     for (int64_t i = 0; i < p.rows; ++i) w.row_shift[i] = static_cast<float>(w.row_total[i]);
     for (int64_t j = 0; j < padded(p.columns); ++j) {
       w.col_shift[j] = j < p.paired ? static_cast<float>(w.col_total[j]) : -kLowest;
     }
     p.row_shift = w.row_shift;
     p.col_shift = w.col_shift;
-    collect_all<Operand, Collect::shifted_sums>(p, w, threads);
+    collect_all<Operand, Collect::shifted_sums>(p, w, parts, team);
     for (int64_t i = 0; i < p.rows; ++i) {
       row_lse[i] = static_cast<float>((__builtin_log2(w.row_total[i]) + w.row_shift[i]) * kLn2);
       if (i < p.paired) {
@@ -272,7 +282,9 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const int32_t
                            0.0f,
                            nullptr,
                            nullptr};
-  run<Operand>(problem, scale, positive, row_lse, col_lse, static_cast<char*>(workspace), threads);
+  with_team(useful_threads(threads, rows * columns * width), [&](Team& team) {
+    run<Operand>(problem, scale, positive, row_lse, col_lse, static_cast<char*>(workspace), threads, team);
+  });
 }
 
 void stats(const void* x_hat, const void* y_hat, Dtype operand_dtype, const float* scale, const int32_t* ids,

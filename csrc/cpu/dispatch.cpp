@@ -1,6 +1,9 @@
 // Threads, and which level's kernels this machine runs. Compiled once, for the oldest machine.
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -16,37 +19,109 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsi
 
 namespace modest_align {
 
-namespace {
+// One region of OpenMP for a whole kernel, and in it a queue of our own: what is waited for are tasks, not threads. A
+// thread that another process holds up delays no one, while OpenMP's barriers would spin for it.
+class Team {
+ public:
+  void run(std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    tasks_ = tasks;
+    task_ = task;
+    context_ = context;
+    next_ = done_ = 0;
+    post();
+    take_tasks(lock, 0);
+    wait(lock, finished_, [this] { return done_.load() == tasks_; });
+  }
 
-struct Team {
-  std::int64_t tasks;
-  void (*task)(void*, std::int64_t, int);
-  void* context;
-  std::atomic<std::int64_t> next{0};
-  std::atomic<int> workers{0};
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int worker = ++helpers_;
+    while (!closed_) {
+      take_tasks(lock, worker);
+      const std::int64_t seen = posted_;
+      wait(lock, work_, [&] { return posted_.load() != seen; });
+    }
+  }
+
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    closed_ = true;
+    post();
+  }
+
+ private:
+  void post() {
+    ++posted_;
+    work_.notify_all();
+  }
+
+  void take_tasks(std::unique_lock<std::mutex>& lock, int worker) {
+    while (next_ < tasks_) {
+      const std::int64_t index = next_++;
+      lock.unlock();
+      task_(context_, index, worker);
+      lock.lock();
+      if (++done_ == tasks_) finished_.notify_all();
+    }
+  }
+
+  // Looks for some microseconds before it sleeps: to wake up takes longer than many a task.
+  template <class Ready>
+  static void wait(std::unique_lock<std::mutex>& lock, std::condition_variable& condition, Ready ready) {
+    if (ready()) return;
+    lock.unlock();
+    const auto start = std::chrono::steady_clock::now();
+    while (!ready() && std::chrono::steady_clock::now() - start < std::chrono::microseconds(50)) {
+    }
+    lock.lock();
+    condition.wait(lock, ready);
+  }
+
+  std::mutex mutex_;
+  std::condition_variable work_, finished_;
+  std::int64_t tasks_ = 0, next_ = 0;
+  void (*task_)(void*, std::int64_t, int) = nullptr;
+  void* context_ = nullptr;
+  int helpers_ = 0;
+  bool closed_ = false;
+  // Read without the mutex while waiting.
+  std::atomic<std::int64_t> done_{0}, posted_{0};
 };
 
-void join(void* pointer) {
-  Team& team = *static_cast<Team*>(pointer);
-  const int worker = team.workers.fetch_add(1);
-  for (std::int64_t index; (index = team.next.fetch_add(1)) < team.tasks;) team.task(team.context, index, worker);
+namespace {
+
+struct Call {
+  void (*body)(void*, Team&);
+  void* context;
+  std::thread::id caller;
+  Team team;
+};
+
+void enter(void* pointer) {
+  Call& call = *static_cast<Call*>(pointer);
+  if (std::this_thread::get_id() != call.caller) return call.team.help();
+  call.body(call.context, call.team);
+  call.team.close();
 }
 
 }  // namespace
 
-void run_tasks(int threads, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context) {
-  Team team{tasks, task, context};
-  if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads <= 1) return join(&team);
-  if (GOMP_parallel) return GOMP_parallel(join, &team, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> others;
+void run_tasks(Team& team, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context) {
+  team.run(tasks, task, context);
+}
+
+void run_team(int threads, void (*body)(void*, Team&), void* context) {
+  Call call{body, context, std::this_thread::get_id(), {}};
+  if (threads > 1 && GOMP_parallel) return GOMP_parallel(enter, &call, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> helpers;
   try {
-    for (int worker = 1; worker < threads; ++worker) others.emplace_back(join, &team);
+    for (int helper = 1; helper < threads; ++helper) helpers.emplace_back(enter, &call);
   } catch (const std::system_error&) {
     // A system that gives no more threads: those that started, and this one, do it all.
   }
-  join(&team);
-  for (std::thread& other : others) other.join();
+  enter(&call);
+  for (std::thread& helper : helpers) helper.join();
 }
 
 #define MODEST_ALIGN_DECLARE(level)                                                              \

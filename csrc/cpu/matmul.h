@@ -61,27 +61,32 @@ MODEST_ALIGN_INLINE Quad interleave_high(Quad a, Quad b) { return __builtin_shuf
 // packed[k * kWidth + m] = word k of row m, zero for rows past `count`: the steps run along the rows.
 template <int kWidth>
 static void pack_along_rows(uint32_t* packed, const uint32_t* source, int64_t row_words, int64_t count, int64_t steps) {
-  int m = 0;
-  for (; m + 4 <= kWidth && m + 4 <= count; m += 4) {
-    const uint32_t* row = source + m * row_words;
-    int64_t k = 0;
-    for (; k + 4 <= steps; k += 4) {
-      const Quad a = load<Quad>(row + k), b = load<Quad>(row + row_words + k);
-      const Quad c = load<Quad>(row + 2 * row_words + k), d = load<Quad>(row + 3 * row_words + k);
-      const Quad ac0 = interleave_low(a, c), ac1 = interleave_high(a, c);
-      const Quad bd0 = interleave_low(b, d), bd1 = interleave_high(b, d);
-      uint32_t* to = packed + k * kWidth + m;
-      store(to, interleave_low(ac0, bd0));
-      store(to + kWidth, interleave_high(ac0, bd0));
-      store(to + 2 * kWidth, interleave_low(ac1, bd1));
-      store(to + 3 * kWidth, interleave_high(ac1, bd1));
+  // A cache line of every row at a time, so that what is written is still near when the next rows come to it.
+  constexpr int64_t kLine = 16;
+  for (int64_t k0 = 0; k0 < steps; k0 += kLine) {
+    const int64_t k1 = smaller(steps, k0 + kLine);
+    int m = 0;
+    for (; m + 4 <= kWidth && m + 4 <= count; m += 4) {
+      const uint32_t* row = source + m * row_words;
+      int64_t k = k0;
+      for (; k + 4 <= k1; k += 4) {
+        const Quad a = load<Quad>(row + k), b = load<Quad>(row + row_words + k);
+        const Quad c = load<Quad>(row + 2 * row_words + k), d = load<Quad>(row + 3 * row_words + k);
+        const Quad ac0 = interleave_low(a, c), ac1 = interleave_high(a, c);
+        const Quad bd0 = interleave_low(b, d), bd1 = interleave_high(b, d);
+        uint32_t* to = packed + k * kWidth + m;
+        store(to, interleave_low(ac0, bd0));
+        store(to + kWidth, interleave_high(ac0, bd0));
+        store(to + 2 * kWidth, interleave_low(ac1, bd1));
+        store(to + 3 * kWidth, interleave_high(ac1, bd1));
+      }
+      for (; k < k1; ++k) {
+        for (int i = 0; i < 4; ++i) packed[k * kWidth + m + i] = row[i * row_words + k];
+      }
     }
-    for (; k < steps; ++k) {
-      for (int i = 0; i < 4; ++i) packed[k * kWidth + m + i] = row[i * row_words + k];
+    for (; m < kWidth; ++m) {
+      for (int64_t k = k0; k < k1; ++k) packed[k * kWidth + m] = m < count ? source[m * row_words + k] : 0;
     }
-  }
-  for (; m < kWidth; ++m) {
-    for (int64_t k = 0; k < steps; ++k) packed[k * kWidth + m] = m < count ? source[m * row_words + k] : 0;
   }
 }
 

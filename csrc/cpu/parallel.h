@@ -4,16 +4,27 @@
 
 namespace modest_align {
 
-// Runs task(context, index, worker) for every index below `tasks`, on at most `threads` threads, this one among them.
-// Threads take the next index when they are done, so a task's result must not depend on its worker.
-void run_tasks(int threads, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context);
+// Threads that work for one call of a kernel.
+class Team;
+
+// Runs body(context, team) on this thread, while up to `threads` - 1 others wait for what it gives the team to do.
+void run_team(int threads, void (*body)(void*, Team&), void* context);
+
+// Runs task(context, index, worker) for every index below `tasks`, and returns when all are done. Whoever is free takes
+// the next index, so a task's result must not depend on its worker.
+void run_tasks(Team& team, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context);
 
 namespace MODEST_ALIGN_LEVEL {
 
+template <class Body>
+static void with_team(int threads, Body&& body) {
+  run_team(threads, [](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
+}
+
 template <class Task>
-static void parallel(int threads, std::int64_t tasks, Task&& task) {
+static void parallel(Team& team, std::int64_t tasks, Task&& task) {
   run_tasks(
-      threads, tasks, [](void* context, std::int64_t index, int worker) { (*static_cast<Task*>(context))(index, worker); },
+      team, tasks, [](void* context, std::int64_t index, int worker) { (*static_cast<Task*>(context))(index, worker); },
       &task);
 }
 

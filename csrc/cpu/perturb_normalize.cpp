@@ -10,6 +10,8 @@ constexpr float kMinNorm = 1e-12f;
 constexpr float kTwoToMinus24 = 5.9604644775390625e-08f;
 // Features of a row at a time: kLanes groups of four, whose noise is one call of the generator.
 constexpr int kChunk = 4 * kLanes;
+// Features of a noisy row that is kept between its two passes.
+constexpr int64_t kKept = 8192;
 
 MODEST_ALIGN_INLINE float load_element(const float* p) { return *p; }
 MODEST_ALIGN_INLINE float load_element(const uint16_t* p) { return from_bfloat16(*p); }
@@ -58,10 +60,11 @@ MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int stream, uint64_t row,
     Vec sin, cos;
     sincos_turns(__builtin_convertvector(turn, Vec) * kTwoToMinus24, sin, cos);
     const Vec square = log(u) * -2.0f;
-    Vec radius;
-    for (int lane = 0; lane < kLanes; ++lane) radius[lane] = __builtin_sqrtf(square[lane]);
-    store(normal[pair], radius * cos);
-    store(normal[pair + 1], radius * sin);
+    float radius[kLanes];
+    store(radius, square);
+    for (int lane = 0; lane < kLanes; ++lane) radius[lane] = __builtin_sqrtf(radius[lane]);
+    store(normal[pair], load<Vec>(radius) * cos);
+    store(normal[pair + 1], load<Vec>(radius) * sin);
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int word = 0; word < 4; ++word) noise[4 * lane + word] = normal[word][lane];
@@ -71,8 +74,8 @@ MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int stream, uint64_t row,
 template <class Input, class Output>
 void normalize_rows(const Input* x, const int64_t* seed, int stream, float noise_std, bool relative_noise,
                     Output* x_hat, float* inv_norm, int64_t rows, int64_t features, int64_t width, int threads) {
-  const int64_t parts = useful_threads(threads, rows * width * (seed ? 64 : 16));
-  parallel(threads, parts, [&](int64_t part, int) {
+  const int parts = useful_threads(threads, rows * width * (seed ? 64 : 16));
+  with_team(parts, [&](Team& team) { parallel(team, parts, [&](int64_t part, int) {
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
       const Input* row = x + i * features;
       Output* to = x_hat + i * width;
@@ -85,23 +88,30 @@ void normalize_rows(const Input* x, const int64_t* seed, int stream, float noise
         }
         std *= static_cast<float>(__builtin_sqrt(sum(squares) / features));
       }
-      // With noise the row is drawn twice rather than kept: it costs less than it seems, and no memory.
+      // A noisy row is kept for the second pass, or drawn again if it is too long for the stack.
+      float kept[kKept];
+      const bool keep = seed && width <= kKept;
       for (int writing = 0; writing < 2; ++writing) {
         Vec squares = {};
         const float inverse = writing ? inv_norm[i] : 0.0f;
         for (int64_t d = 0; d < width; d += kChunk) {
-          float noise[kChunk] = {};
-          if (seed) gaussian_noise(static_cast<uint64_t>(*seed), stream, static_cast<uint64_t>(i), d, noise);
-          for (int c = 0; c < kChunk && d + c < width; c += kLanes) {
-            Vec v = load_ragged(row, d + c, features);
-            if (seed) v += load<Vec>(noise + c) * std;
-            if (d + c + kLanes > features) {
-              for (int lane = 0; lane < kLanes; ++lane) {
-                if (d + c + lane >= features) v[lane] = 0.0f;
+          float noise[kChunk];
+          const bool draw = seed && !(keep && writing);
+          if (draw) gaussian_noise(static_cast<uint64_t>(*seed), stream, static_cast<uint64_t>(i), d, noise);
+          for (int64_t c = d; c < d + kChunk && c < width; c += kLanes) {
+            Vec v;
+            if (keep && writing) {
+              v = load<Vec>(kept + c);
+            } else {
+              v = load_ragged(row, c, features);
+              if (draw) v += load<Vec>(noise + (c - d)) * std;
+              for (int lane = 0; c + kLanes > features && lane < kLanes; ++lane) {
+                if (c + lane >= features) v[lane] = 0.0f;
               }
+              if (keep) store(kept + c, v);
             }
             if (writing) {
-              store_vector(to + d + c, v * inverse);
+              store_vector(to + c, v * inverse);
             } else {
               squares += v * v;
             }
@@ -113,15 +123,15 @@ void normalize_rows(const Input* x, const int64_t* seed, int stream, float noise
         }
       }
     }
-  });
+  }); });
 }
 
 template <class Operand, class Output>
 void backward_rows(const float* grad, const Operand* x_hat, const float* inv_norm, const Operand* pair_hat,
                    const float* pair_weight, const float* offset, float factor, Output* dx, float* row_dot,
                    int64_t rows, int64_t pairs, int64_t features, int64_t width, int threads) {
-  const int64_t parts = useful_threads(threads, rows * width * 16);
-  parallel(threads, parts, [&](int64_t part, int) {
+  const int parts = useful_threads(threads, rows * width * 16);
+  with_team(parts, [&](Team& team) { parallel(team, parts, [&](int64_t part, int) {
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
       const bool paired = i < pairs;
       const float* row_offset = paired ? offset : offset + width;
@@ -141,7 +151,7 @@ void backward_rows(const float* grad, const Operand* x_hat, const float* inv_nor
         store_ragged(dx + i * features, d, features, result);
       }
     }
-  });
+  }); });
 }
 
 void forward(const void* x, Dtype x_dtype, const int64_t* seed, int stream, float noise_std, bool relative_noise,
