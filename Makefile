@@ -29,7 +29,7 @@ gpu-check: export PYTHONPATH := .:python
 gpu-check:
 	mkdir -p $(OUT)
 	$(PYTHON) -m pytest -q -m "gpu or not slow" tests/test_gpu.py tests/test_triton.py 2>&1 | tee $(OUT)/gpu-tests.log
-	$(PYTHON) -m benchmarks --output $(OUT)/cuda.json 2>&1 | tee $(OUT)/gpu-benchmark.log
+	$(PYTHON) -m benchmarks --output $(OUT) 2>&1 | tee $(OUT)/gpu-benchmark.log
 
 # README's generated blocks, from what `make demo` and `make benchmark` stored under benchmarks/results.
 readme: $(VENV)/test.installed

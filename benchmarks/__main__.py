@@ -1,226 +1,256 @@
-"""Time and memory of the loss, side by side with the plain one: `python -m benchmarks --help`.
-
-Every round runs each provider once, so that a noisy machine is noisy for all of them; what counts are the medians and
-the medians of the rounds' ratios. One run is normalisation, loss and all gradients. The floor is four matmuls of the
-same shape and dtype, the least that an exact loss without the B x N matrix can do.
-"""
+"""Time, memory and error of the loss beside every other one: see benchmarks/README.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import re
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+# Read when PyTorch is loaded: its profiler, which counts a CPU's memory, else prints into the progress bar.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from modest_align_kernels import available_backends, modest_align_loss
-from modest_align_kernels.testing import peak_extra_bytes, row_errors
+from benchmarks import measure, table
+from benchmarks.providers import Provider, all_providers
+from benchmarks.readme import RESULTS
+from benchmarks.workloads import Workload, default_workloads
+from modest_align_kernels.dispatch import operand_dtype
 
-RESULTS = Path(__file__).parent / "results"
-SCALE = 14.3
-SHAPES = {
-    "cpu": ([1024, 4096, 8192, 16384], [512], ["float32"]),
-    "cuda": ([1024, 4096, 16384, 32768, 65536], [512, 768, 1024], ["bfloat16"]),
-}
-# The largest B whose gradient in float64 takes seconds.
-LARGEST_TRUTH = {"cpu": 4096, "cuda": 16384}
-Provider = Callable[[Tensor, Tensor, Tensor], Tensor]
+BUDGET = {"cpu": 240.0, "cuda": 360.0}
+KINDS = ("loss", "operations", "step")
 
 
-def plain_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
-    """The loss as most CLIP trainers write it, with the whole matrix of logits."""
-    x, y = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
-    logits = scale.to(x.dtype) * x @ y.T
-    target = torch.arange(len(x), device=x.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def providers(device: str) -> dict[str, Provider]:
-    """The losses that run on ``device``, by name; on a GPU also PyTorch's compiler's and open_clip's."""
-
-    def ours(backend: str) -> Provider:
-        return lambda x, y, scale: modest_align_loss(x, y, scale, backend=backend)
-
-    running = [name for name, reason in available_backends(device).items() if reason is None]
-    if device == "cpu" and "triton" in running:  # only Triton's interpreter, which says nothing of speed
-        running.remove("triton")
-    found = {"plain": plain_loss, **{f"ours ({name})": ours(name) for name in running}}
-    if device != "cpu":
-        found["plain, torch.compile"] = torch.compile(plain_loss)
-        if find_spec("open_clip") is not None:
-            from open_clip.loss import ClipLoss
-
-            found["open_clip"] = lambda x, y, scale: ClipLoss()(
-                F.normalize(x, dim=1), F.normalize(y, dim=1), scale.to(x.dtype)
-            )
-    return found
-
-
-def measure(
-    rows: int, features: int, dtype: torch.dtype, device: str, rounds: int
-) -> dict[str, dict[str, float | str]]:
-    """Each provider's seconds, ratio to the plain loss, peak extra MiB and error, once they are seen to agree."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(rows, features, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
-    scale = torch.tensor(SCALE, device=device, requires_grad=True)
-
-    def run(loss_fn: Provider) -> tuple[Tensor, Tensor]:
-        loss = loss_fn(x, y, scale)
-        return loss.detach(), torch.autograd.grad(loss, (x, y, scale))[0]
-
-    def floor() -> None:
-        with torch.no_grad():
-            for _ in range(4):
-                torch.mm(x, y.T, out=scratch)
-
-    truth = None
-    if rows <= LARGEST_TRUTH[device]:
-        exact = [t.detach().double().requires_grad_() for t in (x, y)]
-        truth = torch.autograd.grad(modest_align_loss(*exact, SCALE, backend="eager"), exact[0])[0]
-    result: dict[str, dict[str, float | str]] = {}
-    losses, values = {}, {}
-    for name, loss_fn in providers(device).items():
-        try:
-            value, grad = run(loss_fn)
-        except torch.OutOfMemoryError:
-            result[name] = {"failed": "out of memory"}
-            continue
-        losses[name], values[name] = loss_fn, float(value)
-        result[name] = {"peak_extra_mib": peak_extra_bytes(lambda f=loss_fn: run(f), device) / 2**20}
-        if truth is not None:
-            result[name]["worst_row_error"] = float(row_errors(grad, truth).max())
-        del grad
-    assert max(values.values()) - min(values.values()) <= 1e-2 * max(values.values()), f"the losses differ: {values}"
-    del truth
-    scratch = torch.empty(rows, rows, dtype=dtype, device=device)
-    tasks = {"floor": floor, **{name: (lambda f=f: run(f)) for name, f in losses.items()}}
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            synchronize(device)
-            start = time.perf_counter()
-            task()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    for name, taken in seconds.items():
-        result.setdefault(name, {}).update(
-            seconds=statistics.median(taken), seconds_low=min(taken), seconds_high=max(taken)
-        )
-        if "plain" in seconds:
-            ratios = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
-            result[name]["ratio_to_plain"] = statistics.median(ratios)
-    return result
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU's queue."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def machine(device: str) -> dict[str, str | int]:
+def machine(device: str) -> dict[str, Any]:
     """What a reader needs to know of where the numbers come from."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    cpu = platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
+            name = line.split(":", 1)[1].strip()
             break
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("triton", "open_clip_torch", "sentence-transformers", "memeff", "inf-cl", "siglip-kernel"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "device": torch.cuda.get_device_name() if device != "cpu" else cpu,
+        "type": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
+        "memory_gib": round(_total_memory(device) / 2**30, 1),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "versions": versions,
+        "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def table(cases: list[dict]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        "| B = N | D | dtype | loss | forward + backward, ms | of plain's time | of the floor | useful TFLOP/s "
-        "| peak extra MiB | of plain's | worst row's error |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+def _total_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def default_output(device: str) -> Path:
+    """benchmarks/results/cpu.json, or h200.json on an NVIDIA H200."""
+    name = device
+    if device == "cuda":
+        words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+        name = next((word for word in words if word not in ("nvidia", "amd", "tesla", "instinct")), device)
+    return RESULTS / f"{name}.json"
+
+
+def write(text: str, path: Path) -> None:
+    """Write a whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An earlier run."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored["machine"]["threads"], stored["workloads"][0]["kind"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ValueError(f"--compare: {path} holds no results of this version of the benchmarks") from None
+    return stored
+
+
+def chosen_workloads(options: argparse.Namespace, device: str) -> list[Workload]:
+    """The default ones, or all combinations of what was asked for."""
+    defaults = default_workloads(device, options.full or bool(options.workloads))
+    if options.rows or options.features:
+        dtypes = options.dtypes or [defaults[0].dtype]
+        return [
+            Workload(kind, rows, features, dtype)
+            for kind in options.only or ["loss"]
+            for dtype in dtypes
+            for features in options.features or [512]
+            for rows in options.rows or [4_096]
+        ]
+    if options.workloads:
+        unknown = set(options.workloads) - {workload.name for workload in defaults}
+        if unknown:
+            known = ", ".join(dict.fromkeys(workload.name for workload in defaults))
+            raise ValueError(f"--workloads: got {', '.join(sorted(unknown))}, want some of {known}")
+    return [
+        workload
+        for workload in defaults
+        if (not options.workloads or workload.name in options.workloads)
+        and (not options.dtypes or workload.dtype in options.dtypes)
+        and (not options.only or workload.kind in options.only)
     ]
-    for case in cases:
-        results, flops = case["results"], 8 * case["rows"] ** 2 * case["features"]
-        for name, r in results.items():
-            start = f"| {case['rows']:,} | {case['features']:,} | {case['dtype']} | {name} "
-            if "failed" in r:
-                lines.append(start + f"| {r['failed']} | | | | | | |")
-            elif name != "floor":
-                plain = results["plain"].get("peak_extra_mib")
-                cells = [
-                    f"{r['seconds'] * 1e3:,.1f}",
-                    f"{r['ratio_to_plain']:.2f}" if "ratio_to_plain" in r else "",
-                    f"{results['floor']['seconds'] / r['seconds']:.0%}",
-                    f"{flops / r['seconds'] / 1e12:.3g}",
-                    f"{r['peak_extra_mib']:,.0f}",
-                    f"{r['peak_extra_mib'] / plain:.1%}" if plain else "",
-                    f"{r['worst_row_error']:.1e}" if "worst_row_error" in r else "",
-                ]
-                lines.append(start + "| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
-def plot(cases: list[dict], path: Path) -> None:
-    """Time and memory against B, log-log, for the first width and dtype."""
-    from matplotlib.figure import Figure
-
-    cases = [c for c in cases if (c["features"], c["dtype"]) == (cases[0]["features"], cases[0]["dtype"])]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(name for case in cases for name in case["results"]):
-        for axes, key, unit in ((time_axes, "seconds", 1e3), (memory_axes, "peak_extra_mib", 1)):
-            points = [(c["rows"], c["results"][name][key] * unit) for c in cases if key in c["results"].get(name, {})]
-            if points:
-                style = {"color": "#888888", "linestyle": ":"} if name == "floor" else {"marker": "o"}
-                axes.plot(*zip(*points, strict=True), label=name, **style)
-    title = f"D = {cases[0]['features']}, {cases[0]['dtype']}"
-    time_axes.set(title=f"Forward + backward, {title}", ylabel="ms")
-    memory_axes.set(title=f"Peak extra memory, {title}", ylabel="MiB")
-    for axes in (time_axes, memory_axes):
-        axes.set(xscale="log", yscale="log", xlabel="B = N")
-        axes.set_xticks(rows := [c["rows"] for c in cases], [f"{r:,}" for r in rows])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def chosen_providers(names: list[str] | None, device: str) -> list[Provider]:
+    """All, or those whose names contain one of ``names``."""
+    providers = all_providers(device)
+    for name in names or ():
+        if not any(name in provider.name for provider in providers):
+            raise ValueError(
+                f"--providers: got {name!r}, want (parts of) {', '.join(provider.name for provider in providers)}"
+            )
+    return [provider for provider in providers if not names or any(name in provider.name for name in names)]
 
 
-def main(args: list[str] | None = None) -> None:
-    """Measure, print the table, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, features, dtypes = SHAPES[device]
-    parser.add_argument("--rows", type=int, nargs="+", default=rows)
-    parser.add_argument("--features", type=int, nargs="+", default=features)
-    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results/<device>.json by default")
+def run_workload(
+    workload: Workload, providers: list[Provider], device: str, options: argparse.Namespace, bar: tqdm
+) -> dict[str, Any]:
+    """Measure one workload; the stored form of its results."""
+    rounds = options.rounds or measure.ROUNDS[device]
+    progress = bar.set_postfix_str
+    case: dict[str, Any] = {
+        "kind": workload.kind,
+        "name": workload.name,
+        "rows": workload.rows,
+        "features": workload.features,
+        "dtype": workload.dtype,
+        "provenance": workload.provenance,
+    }
+    memory = options.memory * 2**30
+    if workload.kind == "loss":
+        invited = [
+            provider
+            for provider in providers
+            if workload.peers == "all"
+            or provider.name == "plain"
+            or provider.name.startswith("ours")
+            or (workload.peers == "fast" and not provider.slow)
+        ]
+        case["results"] = measure.measure_losses(workload, invited, device, rounds, memory, progress)
+    elif workload.kind == "step":
+        case["results"] = measure.measure_step(workload, device, rounds, memory, progress)
+    else:
+        dtype = getattr(torch, workload.dtype)
+        case["feature_bytes"] = dtype.itemsize
+        case["operand_bytes"] = operand_dtype(dtype, torch.device(device), "auto").itemsize
+        case["results"] = measure.measure_operations(workload, device, rounds, progress)
+    return case
+
+
+def parse(args: list[str] | None, device: str) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split(":")[0])
+    add = parser.add_argument
+    add("--full", action="store_true", help="everything, however long it takes")
+    add("--workloads", nargs="+", metavar="NAME", help="only these shapes: minilm, fusemix, clip-rn50, 4096x256, ...")
+    add("--rows", type=int, nargs="+", metavar="B", help="these batch sizes instead")
+    add("--features", type=int, nargs="+", metavar="D", help="these widths instead")
+    add("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
+    add("--only", nargs="+", choices=KINDS, help="the losses, the four operations, the training step")
+    add("--providers", nargs="+", metavar="NAME", help="only those whose name has this part (plain is ours to compare)")
+    add("--rounds", type=int, metavar="N", help=f"at most this many, {measure.ROUNDS[device]} by default")
+    add("--budget", type=float, metavar="SECONDS", help="start no further shape after so long")
+    add("--memory", type=float, default=float("inf"), metavar="GIB", help="what a loss may take on a CPU")
+    add("--output", type=Path, metavar="JSON", help=f"or a folder; {default_output(device)} by default")
+    add("--compare", type=Path, metavar="JSON", help="an earlier run: print ratios, fail where ours is slower")
+    add("--threshold", type=float, default=table.SLOWER, help="slower by this factor fails --compare")
     options = parser.parse_args(args)
-    output = options.output or RESULTS / f"{device}.json"
-    shapes = [(d, f, r) for d in options.dtypes for f in options.features for r in options.rows]
-    cases = []
-    for dtype, features, rows in tqdm(shapes, desc="shapes"):
-        results = measure(rows, features, getattr(torch, dtype), device, options.rounds)
-        cases.append({"rows": rows, "features": features, "dtype": dtype, "results": results})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"machine": machine(device), "rounds": options.rounds, "cases": cases}
-    output.write_text(json.dumps(stored, indent=1) + "\n")
-    plot(cases, output.with_suffix(".png"))
-    print(table(cases))
+    if options.budget is None:
+        options.budget = float("inf") if options.full else BUDGET[device]
+    for name in ("rows", "features"):
+        if min(getattr(options, name) or [1]) < 1:
+            raise ValueError(f"--{name}: got {min(getattr(options, name))}, want whole numbers above 0")
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds: got {options.rounds}, want a whole number above 0")
+    return options
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure, print the tables, write JSON and pictures; 1 if --compare finds ours slower."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        options = parse(args, device)
+        old = read(options.compare) if options.compare else None
+        workloads = chosen_workloads(options, device)
+        providers = chosen_providers(options.providers, device)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    output = options.output or default_output(device)
+    if output.is_dir():
+        output /= default_output(device).name
+    stored: dict[str, Any] = {"machine": machine(device), "workloads": [], "left_out": []}
+    if not options.full and not (options.rows or options.features or options.workloads) and device == "cpu":
+        stored["left_out"].append("larger batches and other widths: `--full` measures them")
+    lost = None
+    start = time.perf_counter()
+    with tqdm(workloads, unit="shape") as bar:
+        for workload in bar:
+            bar.set_description(str(workload))
+            if lost or time.perf_counter() - start > options.budget:
+                why = lost or f"the {options.budget:,.0f} seconds of --budget were over"
+                stored["left_out"].append(f"{workload}: {why}")
+                continue
+            try:
+                stored["workloads"].append(run_workload(workload, providers, device, options, bar))
+            except measure.LostDeviceError as error:
+                lost = str(error)
+                stored["left_out"].append(f"{workload}: {lost}")
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                stored["left_out"].append(f"{workload}: {measure.sentence(error)}")
+            if device == "cuda" and not lost:
+                torch.cuda.empty_cache()
+            write(json.dumps(stored, indent=1) + "\n", output)
+    write(json.dumps(stored, indent=1) + "\n", output)
+    report(stored, output)
+    print(f"\n{output} written in {time.perf_counter() - start:,.0f} s")
+    if old is not None:
+        text, slower = table.compare_runs(old, stored, options.threshold)
+        print(f"\n{text}\n")
+        print("\n".join(slower) or "nothing of ours is slower")
+        return 1 if slower else 0
+    return 1 if lost else 0
+
+
+def report(stored: dict[str, Any], output: Path) -> None:
+    """Print the tables, and write them and the pictures beside the JSON."""
+    text = table.full_tables(stored)
+    print(text)
+    write(text, output.with_suffix(".md"))
+    if not table.select(stored, "loss"):
+        return
+    try:
+        from benchmarks.plots import plot_floor, plot_scaling
+    except ImportError:
+        print("no pictures: matplotlib is not installed")
+        return
+    plot_scaling(stored, output.with_suffix(".png"))
+    plot_floor(stored, output.with_name(f"{output.stem}-floor.png"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

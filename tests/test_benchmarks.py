@@ -1,32 +1,299 @@
-"""Each benchmark once, tiny, so that none rots; and README's blocks are what the stored results say."""
+"""The benchmarks once, tiny, so that none rots; their truth and rules; and README's blocks are what is stored."""
 
 from __future__ import annotations
 
+import copy
 import json
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import readme
+from benchmarks import measure, providers, readme, table, test_losses, workloads
+from benchmarks.providers import Provider, all_providers, from_loss, plain_loss
+from benchmarks.workloads import SCALE, Workload
+from modest_align_kernels import available_backends, reference
+
+TINY = Workload("loss", 48, 16, "float32")
+MINE = "ours (eager)"
 
 
-def test_side_by_side(tmp_path, capsys) -> None:
-    output = tmp_path / "result.json"
-    benchmarks.main(["--rows", "32", "48", "--features", "8", "--rounds", "2", "--output", str(output)])
+def measured(*others: Provider, workload: Workload = TINY, **kwargs) -> dict:
+    return measure.measure_losses(workload, [providers.PLAIN, *others], "cpu", 2, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict:
+    """A whole run of the command, tiny, with every provider that needs no compiler."""
+    output = tmp_path_factory.mktemp("benchmarks") / "result.json"
+    names = [p.name for p in all_providers("cpu") if not p.compiled]
+    command = ["--rounds", "2", "--dtypes", "float32", "--output", str(output), "--providers", *names]
+    assert benchmarks.main([*command, "--rows", "32", "--features", "16", "--only", "operations", "step"]) == 0
+    others = json.loads(output.read_text())["workloads"]
+    assert benchmarks.main([*command, "--rows", "32", "48", "--features", "16", "24"]) == 0
+    for name in ("result.png", "result-floor.png"):
+        assert output.with_name(name).stat().st_size > 10_000
     stored = json.loads(output.read_text())
-    assert [case["rows"] for case in stored["cases"]] == [32, 48]
-    assert output.with_suffix(".png").stat().st_size > 10_000
-    for case in stored["cases"]:
-        assert case["results"]["ours (eager)"]["worst_row_error"] < 1e-4
-        assert set(case["results"]) >= {"floor", "plain", "ours (eager)"}
+    assert output.with_suffix(".md").read_text() == table.full_tables(stored)
+    stored["workloads"] += others
+    return stored
+
+
+def test_every_workload_is_stored_with_its_machine(stored) -> None:
+    kinds = [case["kind"] for case in stored["workloads"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"loss": 4, "operations": 1, "step": 1}
+    assert {"device", "threads", "versions", "commit", "date", "memory_gib"} <= set(stored["machine"])
+    assert stored["left_out"] == []
+    for case in stored["workloads"]:
         for result in case["results"].values():
-            assert 0 < result["seconds_low"] <= result["seconds"] <= result["seconds_high"]
-        assert case["results"]["plain"]["ratio_to_plain"] == 1
-    stored["cases"][0]["results"]["plain"] = {"failed": "out of memory"}
-    assert "| plain | out of memory |" in benchmarks.table(stored["cases"])
-    printed = capsys.readouterr().out
-    assert printed.count("| ours (eager) |") == 2
-    assert {"torch", "commit", "device"} <= set(stored["machine"])
+            assert "failed" in result or (len(result["seconds"]) == 2 and min(result["seconds"]) > 0)
+
+
+def test_losses_are_side_by_side_with_the_floor(stored) -> None:
+    for case in table.select(stored, "loss"):
+        assert {"floor", "plain", MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
+        for name, result in case["results"].items():
+            if "seconds" in result and name != "floor":
+                assert result["gradient_error"] < 1e-4
+                assert result["loss_error"] < 1e-5
+                assert result["scale_error"] < 1e-3
+                assert result["peak_extra_mib"] > 0
+
+
+def test_operations_have_each_their_floor(stored) -> None:
+    for case in table.select(stored, "operations"):
+        for operation in test_losses.OPERATIONS:
+            assert "seconds" in case["results"][f"{operation}, floor"]
+            assert "seconds" in case["results"][f"{operation}, eager"]
+
+
+def test_the_step_is_measured_with_and_without_its_loss(stored) -> None:
+    for case in table.select(stored, "step"):
+        assert {"no loss", "plain", MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
+
+
+def test_tables_show_what_is_stored(stored) -> None:
+    text = table.full_tables(stored)
+    assert text.count(f"| {MINE} |") == 4 + 1
+    assert "| contrastive_grads | eager |" in text
+    short = table.short_table(stored)
+    assert f"| {MINE} |" in short
+    assert "B = 32" in short
+    changed = copy.deepcopy(stored)
+    changed["workloads"][0]["results"]["plain"] = {"failed": "out of memory"}
+    assert "| plain | out of memory |" in table.full_tables(changed)
+
+
+@pytest.mark.parametrize("provider", [p for p in all_providers("cpu") if not p.compiled], ids=lambda p: p.name)
+def test_each_provider_runs_or_says_why_not(provider: Provider) -> None:
+    result = measured(provider)[provider.name]
+    if provider.needs_gpu:
+        assert result == {"failed": "needs a GPU"}
+    elif "failed" in result:
+        assert (
+            result["failed"].startswith("not installed")
+            or "has no chunked" in result["failed"]
+            or "Triton" in str(result)
+        )
+    else:
+        assert result["gradient_error"] < 1e-4
+        assert len(result["seconds"]) == 2
+
+
+@pytest.mark.slow
+def test_the_compiled_provider_is_compiled_before_it_is_timed() -> None:
+    compiled = next(p for p in all_providers("cpu") if p.compiled)
+    result = measured(compiled)[compiled.name]
+    assert "failed" in result or max(result["seconds"]) < 0.5
+
+
+def test_a_provider_that_raises_is_a_row() -> None:
+    def load():
+        raise ImportError("no module named contrast")
+
+    def fail(x, y, scale):
+        raise RuntimeError("only square matrices\n at line 3")
+
+    def later(x, y, scale, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain_loss(x, y, scale)
+
+    results = measured(
+        Provider("missing", "", load),
+        Provider("broken", "", lambda: from_loss(fail)),
+        Provider("later", "", lambda: from_loss(later)),
+        Provider("absent", "", load, package="no-such-package", module="no_such_module"),
+    )
+    assert results["missing"] == {"failed": "ImportError: no module named contrast"}
+    assert results["broken"] == {"failed": "only square matrices"}
+    assert results["later"] == {"failed": "out of memory"}
+    assert results["absent"] == {"failed": "not installed (pip install no-such-package)"}
+    assert len(results["plain"]["seconds"]) == 2
+
+
+def test_a_wrong_loss_is_not_timed() -> None:
+    wrong = Provider("wrong", "", lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 1.01))
+    other = Provider("other", "", lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 2), same_loss=False)
+    results = measured(wrong, other)
+    assert results["wrong"]["failed"].startswith("wrong: loss error 1.0e-02")
+    assert "seconds" not in results["wrong"]
+    assert "seconds" in results["other"]
+    assert "gradient_error" not in results["other"]
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])
+def test_the_truth_is_the_reference(scale: float) -> None:
+    x, y = (t.detach().double().requires_grad_() for t in measure.make_features(40, 24, "float32", "cpu"))
+    tensor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    loss = reference.modest_align_loss(x, y, tensor)
+    expected = torch.autograd.grad(loss, (x, y, tensor))
+    sample = torch.tensor([0, 7, 39])
+    truth = measure.exact(x.detach(), y.detach(), scale, sample)
+    torch.testing.assert_close(truth.loss, loss.detach())
+    torch.testing.assert_close(truth.image_grad, expected[0][sample])
+    torch.testing.assert_close(truth.text_grad, expected[1][sample])
+    torch.testing.assert_close(truth.scale_grad, expected[2])
+    exact = (loss.detach(), *expected)
+    errors = measure.compare(exact, truth, 1.0)
+    assert max(errors["loss_error"], errors["gradient_error"], errors["scale_error"]) < 1e-9
+    assert measure.compare((loss.detach(), expected[0] * 1.5, *expected[1:]), truth, 1.0)["worst_row_error"] > 0.4
+
+
+def test_what_does_not_fit_is_predicted_not_tried(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "PREDICT_ROWS", 200)
+    monkeypatch.setattr(measure, "PROBE_ROWS", (64, 128))
+    workload = Workload("loss", 256, 16, "float32")
+    known = measure.measure_losses(workload, [providers.PLAIN], "cpu", 1)["plain"]
+    wall = measure.measure_losses(workload, [providers.PLAIN], "cpu", 1, memory=2.0**19)["plain"]
+    assert wall["failed"].startswith("needs")
+    assert wall["predicted_mib"] == pytest.approx(known["peak_extra_mib"], rel=0.1)
+
+
+def test_noise_hits_all_alike_in_rounds() -> None:
+    order: list[str] = []
+    tasks = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = measure.interleave(tasks, "cpu", 3, lambda name, error: None)
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert order[::2] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def slower(stored: dict, factor: float) -> dict:
+    changed = copy.deepcopy(stored)
+    for case in table.select(changed, "loss"):
+        result = case["results"][MINE]
+        case["results"][MINE] = {**result, "seconds": [factor * t for t in result["seconds"]]}
+    return changed
+
+
+def test_compare_fails_what_is_slower_on_the_same_device(stored) -> None:
+    steady = copy.deepcopy(stored)
+    for case in table.select(steady, "loss"):
+        for i, result in enumerate(case["results"].values()):
+            if "seconds" in result:
+                result["seconds"] = [(1 + i) * 0.01, (1 + i) * 0.0101]
+    text, worse = table.compare_runs(steady, slower(steady, 1.5))
+    assert len(worse) == 4
+    assert "1.50 times as slow" in worse[0]
+    assert f"| {MINE} |" in text
+    assert table.compare_runs(steady, steady)[1] == []
+    assert table.compare_runs(steady, slower(steady, 0.5))[1] == []
+    noisy = slower(steady, 1.5)
+    for case in table.select(noisy, "loss"):
+        case["results"][MINE]["seconds"][0] /= 3
+    assert table.compare_runs(steady, noisy)[1] == []
+    elsewhere = slower(steady, 1.5)
+    elsewhere["machine"] = {**elsewhere["machine"], "device": "another"}
+    assert table.compare_runs(steady, elsewhere)[1] == []
+
+
+def test_compare_is_the_exit_status(stored, tmp_path, capsys) -> None:
+    for factor, status in ((1e-3, 1), (1e3, 0)):
+        old = tmp_path / "old.json"
+        old.write_text(json.dumps(slower(stored, factor)))
+        command = ["--rows", "32", "--features", "16", "--rounds", "3", "--dtypes", "float32", "--providers", "eager"]
+        assert benchmarks.main([*command, "--output", str(tmp_path / "new.json"), "--compare", str(old)]) == status
+    assert "times as slow" in capsys.readouterr().out
+
+
+def test_the_budget_leaves_out_and_says_so(tmp_path) -> None:
+    output = tmp_path / "result.json"
+    assert benchmarks.main(["--workloads", "simclr", "--budget", "0", "--output", str(output)]) == 0
+    stored = json.loads(output.read_text())
+    assert stored["workloads"] == []
+    assert any("--budget" in line for line in stored["left_out"])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["--providers", "nobody"], "--providers: got 'nobody', want (parts of) ours (eager)"),
+        (["--workloads", "huge"], "--workloads: got huge, want some of 256x512, minilm"),
+        (["--rows", "0"], "--rows: got 0"),
+        (["--rounds", "0"], "--rounds: got 0"),
+        (["--compare", "no/such.json"], "no/such.json"),
+        (["--compare", str(readme.RESULTS / "demo.json")], "demo.json holds no results"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(command, words, capsys) -> None:
+    assert benchmarks.main(command) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_default_workloads_have_a_source(device: str) -> None:
+    for full in (False, True):
+        chosen = workloads.default_workloads(device, full)
+        assert len(set(chosen)) == len(chosen)
+        for workload in chosen:
+            assert workload.rows in workloads.ROWS or workload.rows > 65_536
+            assert workload.features in workloads.FEATURES
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as the suite uses: the suite's own run has the real one."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.runs = "", {}, 0
+
+    def pedantic(self, task, rounds: int, warmup_rounds: int) -> None:
+        for _ in range(rounds + warmup_rounds):
+            task()
+            self.runs += 1
+
+
+def test_the_pytest_benchmark_suite_runs() -> None:
+    benchmark = Benchmark()
+    test_losses.bench_loss(benchmark, all_providers("cpu")[0], 32, 16)
+    assert benchmark.extra_info["gradient_error"] < 1e-4
+    backends = [name for name, why in available_backends("cpu").items() if why is None and name != "triton"]
+    assert backends == test_losses.BACKENDS
+    for name in test_losses.OPERATIONS:
+        test_losses.bench_operation(benchmark, name, "eager", 32, 16)
+    assert benchmark.runs == 5 * 8
+
+
+def test_sentences_are_one_line() -> None:
+    assert measure.sentence(RuntimeError("")) == "no message"
+    assert measure.sentence(ValueError("a\nb")) == "ValueError: a"
+    assert len(measure.sentence(RuntimeError("x" * 500))) == 160
+
+
+def test_a_machine_has_a_name() -> None:
+    machine = benchmarks.machine("cpu")
+    assert machine["versions"]["torch"] == torch.__version__
+    assert benchmarks.default_output("cpu").name == "cpu.json"
+
+
+def test_a_gpu_names_its_file(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(get_device_name=lambda: "NVIDIA H200"))
+    assert benchmarks.default_output("cuda").name == "h200.json"
 
 
 def test_readme_shows_the_stored_results() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert readme.render(text) == text, "run `make readme`"
+    for path, wanted in readme.tables().items():
+        assert path.read_text(encoding="utf-8") == wanted, "run `make readme`"

@@ -20,6 +20,7 @@ ALLOWED = {
     "backends.native": set(),  # takes cpu or cuda by the tensor's device
     "backends.native.addresses": set(),
     "backends.native.cpu": {"_C", "backends", "backends.native.addresses"},
+    "backends.native.cuda": {"_C", "backends", "backends.native.addresses"},
     "backends.triton": {
         "backends.triton.contrastive_grads",
         "backends.triton.contrastive_stats",

@@ -127,7 +127,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(tmp_path, monkeypatch):
     settings = small_settings(tmp_path)
     whole = train(replace(settings, output=tmp_path / "whole"), progress=False)
-    real_step, calls = module._step, []
+    real_step, calls = module.training_step, []
 
     def step(*args):
         calls.append(1)
@@ -135,7 +135,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGINT)
         return real_step(*args)
 
-    monkeypatch.setattr(module, "_step", step)
+    monkeypatch.setattr(module, "training_step", step)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 13 of 40: the same command goes on from there"):
         train(settings, progress=False)
@@ -168,13 +168,13 @@ def test_a_moved_run_goes_on(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     settings = small_settings(tmp_path)
-    real_step, calls = module._step, []
+    real_step, calls = module.training_step, []
 
     def step(*args):
         calls.append(1)
         return real_step(*args) * (math.nan if len(calls) == 27 else 1)
 
-    monkeypatch.setattr(module, "_step", step)
+    monkeypatch.setattr(module, "training_step", step)
     with pytest.raises(FloatingPointError, match=r"the loss is not finite at step 27 of .*its last checkpoint is kept"):
         train(settings, progress=False)
     assert torch.load(settings.output / "last.pt", weights_only=True)["step"] == 20
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatch):
     settings = small_settings(tmp_path, checkpoint_every=7, log_every=40)
-    real_step, calls = module._step, []
+    real_step, calls = module.training_step, []
 
     def step(aligner, *args):
         calls.append(1)
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatc
             aligner.image_adapter[1].weight.data[0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(module, "_step", step)
+    monkeypatch.setattr(module, "training_step", step)
     with pytest.raises(FloatingPointError, match=r"a weight is not finite at step 7 of .*no checkpoint yet"):
         train(settings, progress=False)
     assert not (settings.output / "last.pt").exists()
@@ -329,7 +329,7 @@ def test_noise_reaches_the_adapters_in_training_only(tmp_path):
     aligner.image_adapter.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     image = torch.zeros(32, 1000)
     torch.manual_seed(0)
-    module._step(aligner, optimizer, image, image, None, settings)
+    module.training_step(aligner, optimizer, image, image, None, settings)
     assert seen[0].std().item() == pytest.approx(0.05, rel=0.02)
     aligner.embed_images(image)
     assert torch.equal(seen[1], image)

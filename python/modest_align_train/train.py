@@ -112,7 +112,7 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
                 step += 1
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, settings)
-                losses.append(_step(aligner, optimizer, *batches.draw(), settings))
+                losses.append(training_step(aligner, optimizer, *batches.draw(), settings))
                 bar.update()
                 stop = step == settings.steps or interrupted.is_set()
 
@@ -261,7 +261,7 @@ def fuse(image: Tensor, text: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return image[partner].lerp(image, share), text[partner].lerp(text, share)
 
 
-def _step(
+def training_step(
     aligner: Aligner,
     optimizer: torch.optim.Optimizer,
     image: Tensor,
