@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modest_align_kernels import available_backends, modest_align_loss, reference
+from modest_align_kernels.backends import even_blocks, gradient_blocks, round_up
 from modest_align_kernels.testing import Case, assert_within_budget, make_features, poisoned_memory, value_and_grads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +18,6 @@ if (reason := available_backends(DEVICE)["triton"]) is not None:
 
 stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
-logits = import_module("modest_align_kernels.backends.triton.logits")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
 tiles = import_module("modest_align_kernels.backends.triton.tiles")
 
@@ -99,11 +99,11 @@ def test_noise_is_the_references(relative: bool, rtol: float) -> None:
 
 def test_blocks_cover_everything_without_a_tiny_tail() -> None:
     for total, largest, multiple in ((1, 5, 4), (100, 64, 32), (65536, 11585, 256), (65537, 11585, 256), (7, 1000, 64)):
-        blocks = logits.even_blocks(total, largest, multiple)
+        blocks = even_blocks(total, largest, multiple)
         assert blocks[0][0] == 0
         assert blocks[-1][1] == total
         assert all(a[1] == b[0] for a, b in pairwise(blocks))
-        assert all(last - first <= max(logits.round_up(largest, multiple), multiple) for first, last in blocks)
+        assert all(last - first <= max(round_up(largest, multiple), multiple) for first, last in blocks)
         if total > largest:
             assert min(b - a for a, b in blocks) >= max(b - a for a, b in blocks) - len(blocks) * multiple
 
@@ -112,9 +112,9 @@ def test_blocks_cover_everything_without_a_tiny_tail() -> None:
 def test_workspace_keeps_its_budget(rows: int) -> None:
     budget = grads.WORKSPACE_BYTES
     for columns in (rows, 3 * rows):
-        row_blocks, column_blocks = grads.gradient_blocks(rows, columns, 2, 256, 128)
+        row_blocks, column_blocks = gradient_blocks(rows, columns, budget // 2, 256, 128)
         height, width = (max(b - a for a, b in blocks) for blocks in (row_blocks, column_blocks))
-        assert logits.round_up(height, 256) * logits.round_up(width, 128) * 2 <= 1.1 * budget
+        assert round_up(height, 256) * round_up(width, 128) * 2 <= 1.1 * budget
 
 
 def test_every_architecture_has_a_tile() -> None:

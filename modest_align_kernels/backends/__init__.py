@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,7 @@ _FEATURES_MULTIPLE = {"triton": 64, "native": 64}
 
 def operand_features(features: int, backend: str) -> int:
     """The width of a backend's x_hat and y_hat for D features; what is past D is zero."""
-    multiple = _FEATURES_MULTIPLE.get(backend, 1)
-    return -(-features // multiple) * multiple
+    return round_up(features, _FEATURES_MULTIPLE.get(backend, 1))
 
 
 def pair_ids(x_hat: Tensor, y_hat: Tensor, group_ids: Tensor | None) -> Tensor:
@@ -28,6 +29,28 @@ def pair_ids(x_hat: Tensor, y_hat: Tensor, group_ids: Tensor | None) -> Tensor:
     if group_ids is not None:
         ids[: group_ids.shape[0]] = group_ids
     return ids
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def even_blocks(total: int, largest: int, multiple: int) -> list[tuple[int, int]]:
+    """[0, total) in the fewest intervals of at most ``largest``, of equal length up to ``multiple``: no tiny tail."""
+    count = -(-total // max(largest, multiple))
+    size = round_up(-(-total // count), multiple)
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def gradient_blocks(
+    rows: int, columns: int, elements: int, row_multiple: int, column_multiple: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Blocks of G of ``elements`` each; near square ones, which touch the float32 sums of both sides least often."""
+    largest_columns = columns if rows * columns <= elements else max(math.isqrt(elements), elements // rows)
+    column_blocks = even_blocks(columns, largest_columns, column_multiple)
+    width = max(b - a for a, b in column_blocks)
+    return even_blocks(rows, elements // width, row_multiple), column_blocks
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modest_align_kernels.backends import FP16_GAIN, WORKSPACE_BYTES, accumulate_matmul, pair_ids
-from modest_align_kernels.backends.triton.logits import (
-    dot_tile,
-    even_blocks,
-    exclude,
+from modest_align_kernels.backends import (
+    FP16_GAIN,
+    WORKSPACE_BYTES,
+    accumulate_matmul,
+    gradient_blocks,
+    pair_ids,
     round_up,
-    tile_of_program,
 )
+from modest_align_kernels.backends.triton.logits import dot_tile, exclude, tile_of_program
 from modest_align_kernels.backends.triton.tiles import choose_tile, input_precision
 
 
@@ -95,9 +96,8 @@ def contrastive_grads(
     grad_y = torch.empty(y_hat.shape if want_y else 0, dtype=torch.float32, device=x_hat.device)
     ids = pair_ids(x_hat, y_hat, group_ids)
     gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
-    row_blocks, column_blocks = gradient_blocks(
-        rows, columns, x_hat.element_size(), tile.block_rows, tile.block_columns
-    )
+    elements = WORKSPACE_BYTES // x_hat.element_size()
+    row_blocks, column_blocks = gradient_blocks(rows, columns, elements, tile.block_rows, tile.block_columns)
     height = round_up(max(b - a for a, b in row_blocks), tile.block_rows)
     width = round_up(max(b - a for a, b in column_blocks), tile.block_columns)
     workspace = torch.empty((height, width), dtype=x_hat.dtype, device=x_hat.device)
@@ -134,15 +134,3 @@ def contrastive_grads(
             if want_y:
                 accumulate_matmul(grad_y[j0:j1], g.T, x_hat[i0:i1], first=i0 == 0, alpha=1 / gain)
     return grad_x, grad_y
-
-
-def gradient_blocks(
-    rows: int, columns: int, element_size: int, row_multiple: int, column_multiple: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Blocks of G that fit the workspace; near square ones, which touch the float32 sums of both sides least often."""
-    elements = WORKSPACE_BYTES // element_size
-    side = math.isqrt(elements)
-    largest_columns = columns if rows * columns <= elements else max(side, elements // rows)
-    column_blocks = even_blocks(columns, largest_columns, column_multiple)
-    width = max(b - a for a, b in column_blocks)
-    return even_blocks(rows, elements // width, row_multiple), column_blocks

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modest_align_kernels.backends import WORKSPACE_BYTES, pair_ids
-from modest_align_kernels.backends.triton.logits import dot_tile, even_blocks, exclude, tile_of_program
+from modest_align_kernels.backends import WORKSPACE_BYTES, even_blocks, pair_ids
+from modest_align_kernels.backends.triton.logits import dot_tile, exclude, tile_of_program
 from modest_align_kernels.backends.triton.tiles import choose_tile, input_precision
 
 _MERGE_BLOCK = 128

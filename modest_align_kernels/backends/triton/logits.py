@@ -53,15 +53,3 @@ def exclude(values, row_id, col_id, row_inside, col_inside, FILL: tl.constexpr):
         out = (row_id[:, None] == col_id[None, :]) | (row_inside == 0)[:, None] | (col_inside == 0)[None, :]
         values = tl.where(out, FILL, values)
     return values
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``value``."""
-    return triton.cdiv(value, multiple) * multiple
-
-
-def even_blocks(total: int, largest: int, multiple: int) -> list[tuple[int, int]]:
-    """[0, total) in the fewest intervals of at most ``largest``, of equal length up to ``multiple``: no tiny tail."""
-    count = triton.cdiv(total, max(largest, multiple))
-    size = round_up(triton.cdiv(total, count), multiple)
-    return [(start, min(start + size, total)) for start in range(0, total, size)]
