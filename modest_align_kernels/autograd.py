@@ -123,6 +123,7 @@ class ContrastiveLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         y: Tensor,
         scale: Tensor,
@@ -154,15 +155,13 @@ class ContrastiveLoss(torch.autograd.Function):
             target = _unit_target(rows, y.shape[0], group_ids, symmetric, scale)
             slope = _slope(x_hat, y_hat, scale, positive, target, weight)
             loss = loss + smoothing * slope
-        return loss, x_hat, y_hat, x_inv_norm, y_inv_norm, positive, row_lse, col_lse, slope
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Outputs are saved as outputs, so that a second differentiation reaches an operator, which raises."""
-        x, y, scale, smoothing, group_ids, _, _, _, ctx.symmetric, _, ctx.backend = inputs
+        ctx.symmetric, ctx.backend = symmetric, backend
         ctx.features, ctx.dtypes = x.shape[1], (x.dtype, y.dtype)
-        ctx.save_for_backward(scale, smoothing, group_ids, *output[1:])
+        # Saved as outputs, so that a second differentiation reaches an operator, which raises.
+        for_backward = (x_hat, y_hat, x_inv_norm, y_inv_norm, positive, row_lse, col_lse, slope)
+        ctx.save_for_backward(scale, smoothing, group_ids, *for_backward)
         ctx.set_materialize_grads(False)
+        return loss, *for_backward
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,8 @@ gradient is :mod:`modest_align_kernels.autograd`, and a second differentiation r
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -33,12 +35,18 @@ _library = torch.library.Library("modest_align", "DEF")
 def _register(schema: str) -> Callable[..., Any]:
     name = schema.split("(")[0]
 
+    @cache
+    def function(backend: str) -> Callable[..., Any]:
+        # Imported when first used: Triton is no requirement.
+        return getattr(import_module(f"modest_align_kernels.backends.{backend}"), name)  # type: ignore[no-any-return]
+
     def run(*args: Any, backend: str) -> Any:
+        device = args[0].device.type
         # The dtypes were chosen above; autocast would choose again for every matmul inside.
+        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         # A kernel is launched on the current device, whatever device its tensors are on.
-        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
-            # Imported when first used: Triton is no requirement.
-            return getattr(import_module(f"modest_align_kernels.backends.{backend}"), name)(*args)
+        with exact, torch.cuda.device_of(args[0]) if device == "cuda" else nullcontext():
+            return function(backend)(*args)
 
     def raise_on_double_backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
