@@ -61,21 +61,23 @@ def why_no_native() -> str | None:
     return None if header.exists() else f"Python's own headers are not installed ({header})"
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, if the CUDA part is to be built."""
+def nvcc() -> tuple[str, list[str]] | None:
+    """The CUDA compiler and the architectures it compiles for, if the CUDA part is to be built."""
     wanted = variable("MODEST_ALIGN_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
     home = os.environ.get("CUDA_HOME")
-    found = None if wanted == "0" else shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if wanted == "1" and found is None:
-        sys.exit(f"MODEST_ALIGN_CUDA=1: found no nvcc {f'in CUDA_HOME ({home})' if home else 'on the PATH'}")
-    return found
-
-
-def cuda_archs(compiler: str) -> list[str]:
-    """Architectures as nvcc names them; by default those that the kernels are written for and this nvcc knows."""
-    known = subprocess.run([compiler, "--list-gpu-arch"], text=True, capture_output=True, check=True).stdout
-    default = "80;90a;100" if "compute_100" in known.split() else "80;90a"
-    return variable("MODEST_ALIGN_CUDA_ARCHS", default, r"\d+a?(;\d+a?)*", 'numbers such as "80;90a"').split(";")
+    compiler = None if wanted == "0" else shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    reason = None if compiler else f"found no nvcc {f'in CUDA_HOME ({home})' if home else 'on the PATH'}"
+    release = (0, 0)
+    if compiler:
+        version = subprocess.run([compiler, "--version"], text=True, capture_output=True, check=True).stdout
+        release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))
+        if release < (12, 4):
+            reason = f"want CUDA 12.4 or newer, but {compiler} is of {release[0]}.{release[1]}"
+    if reason and wanted == "1":
+        sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
+    default = "80;90a;100" if release >= (12, 8) else "80;90a"
+    archs = variable("MODEST_ALIGN_CUDA_ARCHS", default, r"\d+a?(;\d+a?)*", 'numbers such as "80;90a"').split(";")
+    return None if reason else (compiler, archs)
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -102,8 +104,9 @@ def ninja_file(out: Path) -> str:
     flags = [*CXX_FLAGS, *sanitize, *debug, f"-I{CSRC}", *(["-DMODEST_ALIGN_X86"] if X86 else [])]
     binding = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     linker, link = shlex.join(cxx()), ["-shared", "-pthread", *sanitize]
-    if sys.platform == "darwin":
-        link += ["-undefined", "dynamic_lookup"]
+    link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    dependencies = "-MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+    rules = [f"rule cxx\n  command = {shlex.join(cxx())} $flags -MMD {dependencies}"]
     edges: list[str] = []
     objects: list[Path] = []
 
@@ -115,11 +118,12 @@ def ninja_file(out: Path) -> str:
         edges.append(f"  flags = {escape(shlex.join(arguments), r'([$])')}")
         objects.append(out / target)
 
-    if compiler := nvcc():
-        archs, include = cuda_archs(compiler), cutlass_include()
+    if found := nvcc():
+        (compiler, archs), include = found, cutlass_include()
         defines = ["-DMODEST_ALIGN_CUDA", *(["-DMODEST_ALIGN_SM90A"] if "90a" in archs else [])]
         binding += defines
         common = [*NVCC_FLAGS, *([f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []), f"-I{CSRC}", *defines]
+        rules.append(f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             arguments = [*common, *gencode(archs)]
             if source.name.startswith("contrastive"):  # matmuls, written for one chip; elsewhere there is Triton
@@ -139,12 +143,7 @@ def ninja_file(out: Path) -> str:
             level_flags = [] if once else [*machine, f"-DMODEST_ALIGN_LEVEL={level}"]
             edge("cxx", f"cpu/{source.stem}.{level}.o", [source], [*flags, *level_flags])
     edge("link", "_C.so", list(objects), link)
-    dependencies = "-MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-    rules = [
-        f"rule cxx\n  command = {shlex.join(cxx())} $flags -MMD {dependencies}",
-        f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}",
-        f"rule link\n  command = {linker} $flags $in -o $out",
-    ]
+    rules.append(f"rule link\n  command = {linker} $flags $in -o $out")
     return "\n".join([*rules, *edges, ""])
 
 
@@ -158,7 +157,7 @@ class NinjaBuild(build_ext):
         (out / "build.ninja").write_text(ninja_file(out))
         jobs = variable("MAX_JOBS", str(os.cpu_count() or 1), "[1-9][0-9]*", "a positive integer")
         if subprocess.run([sys.executable, "-m", "ninja", "-C", str(out), "-j", jobs], check=False).returncode:
-            sys.exit("the native kernels did not compile (above); MODEST_ALIGN_NATIVE=0 installs without them")
+            sys.exit("the native kernels did not compile (above): MODEST_ALIGN_NATIVE=0, or _CUDA=0, leaves them out")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(out / "_C.so"), str(target))
@@ -171,9 +170,9 @@ if __name__ == "__main__":
         sys.exit(f"MODEST_ALIGN_NATIVE=1, but the native kernels cannot be built: {reason}")
     if reason:
         print(f"The native kernels are left out: {reason}.", file=sys.stderr)
-    compiler = None if reason else nvcc()
+    found = None if reason else nvcc()
     setup(
         ext_modules=[] if reason else [Extension("modest_align_kernels._C", sources=["csrc/bindings.cpp"])],
         cmdclass={"build_ext": NinjaBuild},
-        setup_requires=[CUTLASS] if compiler and "90a" in cuda_archs(compiler) and not cutlass_include() else [],
+        setup_requires=[CUTLASS] if found and "90a" in found[1] and not cutlass_include() else [],
     )

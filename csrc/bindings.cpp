@@ -114,11 +114,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_contrastive_stats",
       [](Address x_hat, Address y_hat, Address scale, Address ids, bool symmetric, Address positive, Address row_lse,
-         Address col_lse, int64_t rows, int64_t columns, int64_t width, Address workspace, int device,
-         Address cuda_stream) {
+         Address col_lse, int64_t rows, int64_t columns, int64_t width, Address workspace,
+         int64_t workspace_bytes, int device, Address cuda_stream) {
         return cuda::contrastive_stats(at<void>(x_hat), at<void>(y_hat), at<float>(scale), at<std::int32_t>(ids),
                                        symmetric, at<float>(positive), at<float>(row_lse), at<float>(col_lse), rows,
-                                       columns, width, at<void>(workspace), device, at<void>(cuda_stream));
+                                       columns, width, at<void>(workspace), workspace_bytes, device,
+                                       at<void>(cuda_stream));
       },
       Release());
   m.def("cuda_contrastive_stats_workspace", &cuda::contrastive_stats_workspace);

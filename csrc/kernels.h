@@ -57,9 +57,9 @@ const char* const* cpu_levels();
 
 #ifdef MODEST_ALIGN_CUDA
 // The kernels for NVIDIA GPUs. Addresses are those of one device's memory; `cuda_stream` is a cudaStream_t, on which
-// everything runs. The status is a cudaError_t: that of the first call or launch that failed, cudaSuccess (0) otherwise.
-// `width` is the row length of x_hat and y_hat, which are float16: a multiple of 64, at most 16,384; features past D are
-// zero. Addresses of matrices but `x` and `dx` are aligned to 16 bytes.
+// everything runs. The status is a cudaError_t: that of the first call or launch that failed, or cudaSuccess (0).
+// `width` is the row length of x_hat and y_hat, which are float16: a multiple of 64, at most 16,384; features past D
+// are zero. Addresses of matrices but `x` and `dx` are aligned to 16 bytes.
 namespace cuda {
 
 const char* error_string(int status);
@@ -70,8 +70,8 @@ int perturb_normalize(const void* x, Dtype x_dtype, std::int64_t row_stride, std
                       float* inv_norm, std::int64_t rows, std::int64_t features, std::int64_t width, int device,
                       void* cuda_stream);
 
-// grad [rows, width], pair_hat [pairs, width], pair_weight [pairs], offset [2, width], factor [1]; dx [rows, features] of
-// dx_dtype; row_dot [rows].
+// grad [rows, width], pair_hat [pairs, width], pair_weight [pairs], offset [2, width], factor [1]; dx [rows, features]
+// of dx_dtype; row_dot [rows].
 int perturb_normalize_backward(const float* grad, const void* x_hat, const float* inv_norm, const void* pair_hat,
                                const float* pair_weight, const float* offset, const float* factor, void* dx,
                                Dtype dx_dtype, float* row_dot, std::int64_t rows, std::int64_t pairs,
@@ -83,12 +83,14 @@ int perturb_normalize_backward(const float* grad, const void* x_hat, const float
 // less than 2^31.
 int contrastive_stats(const void* x_hat, const void* y_hat, const float* scale, const std::int32_t* ids, bool symmetric,
                       float* positive, float* row_lse, float* col_lse, std::int64_t rows, std::int64_t columns,
-                      std::int64_t width, void* workspace, int device, void* cuda_stream);
-// Bytes of its workspace.
-std::int64_t contrastive_stats_workspace(std::int64_t rows, std::int64_t columns, bool symmetric);
+                      std::int64_t width, void* workspace, std::int64_t workspace_bytes, int device,
+                      void* cuda_stream);
+// Bytes of its workspace: at most `workspace_bytes`, if 256 rows at a time can do with so few.
+std::int64_t contrastive_stats_workspace(std::int64_t rows, std::int64_t columns, bool symmetric,
+                                         std::int64_t workspace_bytes);
 
-// What contrastive_probabilities needs of all rows and columns: row_lse and col_lse [rows], row_weight [rows], col_weight
-// [columns].
+// What contrastive_probabilities needs of all rows and columns: row_lse and col_lse [rows], row_weight [rows],
+// col_weight [columns].
 int contrastive_weights(const float* scale, const float* row_lse, const float* col_lse, float* row_weight,
                         float* col_weight, std::int64_t rows, std::int64_t columns, int device, void* cuda_stream);
 

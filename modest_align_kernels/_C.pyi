@@ -1,6 +1,7 @@
 """The compiled kernels: csrc/kernels.h. Addresses are integers; dtypes are the codes of its Dtype."""
 
 cuda: bool
+cuda_sm90a: bool
 
 def cpu_level() -> str: ...
 def cpu_levels() -> list[str]: ...
@@ -73,3 +74,88 @@ def cpu_contrastive_grads(
 ) -> None: ...
 def cpu_contrastive_stats_workspace(rows: int, columns: int, width: int, operand_dtype: int, threads: int) -> int: ...
 def cpu_contrastive_grads_workspace(rows: int, columns: int, width: int, operand_dtype: int, threads: int) -> int: ...
+def cuda_error_string(status: int) -> str: ...
+def cuda_perturb_normalize(
+    x: int,
+    x_dtype: int,
+    row_stride: int,
+    feature_stride: int,
+    seed: int,
+    noise_stream: int,
+    noise_std: float,
+    relative_noise: bool,
+    x_hat: int,
+    inv_norm: int,
+    rows: int,
+    features: int,
+    width: int,
+    device: int,
+    cuda_stream: int,
+) -> int: ...
+def cuda_perturb_normalize_backward(
+    grad: int,
+    x_hat: int,
+    inv_norm: int,
+    pair_hat: int,
+    pair_weight: int,
+    offset: int,
+    factor: int,
+    dx: int,
+    dx_dtype: int,
+    row_dot: int,
+    rows: int,
+    pairs: int,
+    features: int,
+    width: int,
+    device: int,
+    cuda_stream: int,
+) -> int: ...
+def cuda_contrastive_stats(
+    x_hat: int,
+    y_hat: int,
+    scale: int,
+    ids: int,
+    symmetric: bool,
+    positive: int,
+    row_lse: int,
+    col_lse: int,
+    rows: int,
+    columns: int,
+    width: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    cuda_stream: int,
+) -> int: ...
+def cuda_contrastive_stats_workspace(rows: int, columns: int, symmetric: bool, workspace_bytes: int) -> int: ...
+def cuda_contrastive_weights(
+    scale: int,
+    row_lse: int,
+    col_lse: int,
+    row_weight: int,
+    col_weight: int,
+    rows: int,
+    columns: int,
+    device: int,
+    cuda_stream: int,
+) -> int: ...
+def cuda_contrastive_probabilities(
+    x_hat: int,
+    y_hat: int,
+    scale: int,
+    row_lse: int,
+    col_lse: int,
+    row_weight: int,
+    col_weight: int,
+    ids: int,
+    probabilities: int,
+    stride: int,
+    first_row: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    paired: int,
+    width: int,
+    device: int,
+    cuda_stream: int,
+) -> int: ...

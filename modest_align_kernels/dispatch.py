@@ -22,8 +22,9 @@ _HAS_TRITON = find_spec("triton") is not None
 # What backend="auto" tries, in this order; on any other device it is the eager backend. On a GPU nothing has been
 # measured yet, so the compiled kernels for one run by name only.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}
-# A program of Triton's normalisation holds whole rows in registers.
+# Normalisation on a GPU holds whole rows in registers.
 _TRITON_FEATURES = 16384
+_CUDA_FEATURES = 16384
 
 
 def why_not(
@@ -46,10 +47,17 @@ def _why_not_native(device: torch.device, dtype: torch.dtype | None, features: i
     if _WITHOUT_NATIVE is not None:
         return _WITHOUT_NATIVE
     if device.type == "cuda":
-        return "the CUDA kernels are not part of this version yet"
-    if device.type != "cpu":
+        if not _C.cuda:
+            return "the CUDA kernels were not built: install with nvcc (CUDA 12.4 or newer) on the PATH"
+        if not _C.cuda_sm90a or torch.cuda.get_device_capability(device) != (9, 0):
+            return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
+        if dtype is not None and operand_dtype(dtype, device, "native") != torch.float16:
+            return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
+        if features is not None and features > _CUDA_FEATURES:
+            return f"the CUDA kernels take rows of at most {_CUDA_FEATURES:,} features, not {features:,}"
+    elif device.type != "cpu":
         return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
-    if dtype == torch.float64:
+    elif dtype == torch.float64:
         return 'float64 features run on backend="eager" only'
     return None
 
@@ -84,7 +92,10 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: why_not(name, torch.device(device)) for name in BACKENDS}
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(BACKENDS, "PyTorch sees no GPU here")
+    return {name: why_not(name, device) for name in BACKENDS}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, features: int) -> str:

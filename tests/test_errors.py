@@ -73,6 +73,11 @@ def test_available_backends_give_reasons_that_an_explicit_choice_raises() -> Non
             assert reason in str(caught.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_backend_runs_on_a_gpu_that_is_not_there() -> None:
+    assert set(available_backends("cuda").values()) == {"PyTorch sees no GPU here"}
+
+
 def test_module_without_a_scale() -> None:
     with pytest.raises(ValueError, match="logit_scale: got none, want one in the call or an owned one"):
         ModestAlignLoss()(X, X)

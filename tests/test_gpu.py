@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 
-from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, reference
+from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
+from modest_align_kernels.dispatch import why_not
 from modest_align_kernels.testing import (
     CASES,
     Case,
@@ -23,10 +25,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BACKENDS = (
     [name for name, reason in available_backends("cuda").items() if reason is None] if torch.cuda.is_available() else []
 )
+KERNELS = [name for name in BACKENDS if name != "eager"]
 
 
 def loss_on(backend: str):
     return lambda *args, **kwargs: modest_align_loss(*args, backend=backend, **kwargs)
+
+
+def skip_unless_it_runs(backend: str, dtype: torch.dtype) -> None:
+    if (reason := why_not(backend, torch.device("cuda"), dtype)) is not None:
+        pytest.skip(reason)
 
 
 def features(rows: int, columns: int, width: int, dtype=torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,26 +53,66 @@ def test_auto_is_triton() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
+    skip_unless_it_runs(backend, dtype)
     with poisoned_memory():
         assert_within_budget(loss_on(backend), case, dtype, "cuda")
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rows", [255, 256, 257, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_around_real_tiles(dtype: torch.dtype, rows: int) -> None:
+def test_around_real_tiles(dtype: torch.dtype, rows: int, backend: str) -> None:
+    skip_unless_it_runs(backend, dtype)
     for groups in (0, rows // 3):
         case = Case("tiles", rows, rows + 130, 192, scale=50.0, groups=groups)
-        assert_within_budget(loss_on("triton"), case, dtype, "cuda", seeds=1)
+        assert_within_budget(loss_on(backend), case, dtype, "cuda", seeds=1)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("scale", [20.0, 100.0, 1e4])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (140, 256), (1409, 3080), (5000, 6000)])
+@pytest.mark.parametrize("workspace", [None, 2**20])
+def test_matmul_kernels_agree_with_eager_in_float64(
+    workspace: int | None, rows: int, columns: int, scale: float, backend: str, monkeypatch
+) -> None:
+    if workspace is not None:  # so small that both operations need several waves
+        for name in {"native": ["native.cuda"], "triton": ["triton.contrastive_stats", "triton.contrastive_grads"]}[
+            backend
+        ]:
+            module = import_module(f"modest_align_kernels.backends.{name}")
+            monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
+    case = Case("", rows, columns, 192, scale=scale)
+    x, y = make_features(case, torch.float32, "cuda")
+    x_hat, _ = ops.perturb_normalize(x, None, 0, 0.0, False, torch.float16, backend=backend)
+    y_hat, _ = ops.perturb_normalize(y, None, 1, 0.0, False, torch.float16, backend=backend)
+    scale_tensor = torch.tensor(scale, device="cuda")
+    for ids in (None, torch.arange(rows, device="cuda") // 3):
+        with poisoned_memory():
+            got = ops.contrastive_stats(x_hat, y_hat, scale_tensor, ids, True, backend=backend)
+        exact = x_hat.double(), y_hat.double(), scale_tensor.double()
+        expected = ops.contrastive_stats(*exact, ids, True, backend="eager")
+        for value, truth in zip(got, expected, strict=True):
+            torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=2e-6 + 4e-7 * scale)
+        positive, row_lse, col_lse = expected
+        full = torch.logaddexp(row_lse, positive), torch.logaddexp(col_lse, positive)
+        with poisoned_memory():
+            got = ops.contrastive_grads(
+                x_hat, y_hat, scale_tensor, *(t.float() for t in full), ids, True, True, backend=backend
+            )
+        expected = ops.contrastive_grads(*exact, *full, ids, True, True, backend="eager")
+        for value, truth in zip(got, expected, strict=True):
+            assert (value.double() - truth).norm() <= (1e-3 + 4e-7 * scale) * truth.norm() + 1e-12
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
-def test_three_times_as_exact_as_the_plain_bfloat16_loss(scale: float) -> None:
+def test_three_times_as_exact_as_the_plain_bfloat16_loss(scale: float, backend: str) -> None:
     case = Case("bfloat16", 2048, 2048, 512, scale=scale)
     x, y = make_features(case, torch.bfloat16, "cuda")
     truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), case)
     plain = value_and_grads(reference.modest_align_loss, x, y, case)
     ours = value_and_grads(
-        lambda x, y, s, **k: modest_align_loss(x.half(), y.half(), s, **k), x.float(), y.float(), case
+        lambda x, y, s, **k: modest_align_loss(x.half(), y.half(), s, **k, backend=backend), x.float(), y.float(), case
     )
     for name in ("image_features", "text_features"):
         assert row_errors(ours[name], truth[name]).max() <= row_errors(plain[name], truth[name]).max() / 3
@@ -81,27 +129,30 @@ def test_runs_repeat_bit_for_bit(backend: str) -> None:
         assert torch.equal(first, second)
 
 
-def test_no_host_sync() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_no_host_sync(backend: str) -> None:
     x, y = features(512, 512, 256)
     scale = torch.tensor(14.3, device="cuda", requires_grad=True)
     ids = torch.arange(512, device="cuda") // 3
-    kwargs = {"noise_std": 0.1, "smoothing": torch.tensor(0.1, device="cuda"), "group_ids": ids}
+    kwargs = {"noise_std": 0.1, "smoothing": torch.tensor(0.1, device="cuda"), "group_ids": ids, "backend": backend}
     modest_align_loss(x, y, scale, **kwargs).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         modest_align_loss(x, y, scale, **kwargs).backward()
-        modest_align_loss(x, y, 14.3, smoothing=0.1).backward()
+        modest_align_loss(x, y, 14.3, smoothing=0.1, backend=backend).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_graph_capture_of_a_training_step_draws_fresh_noise() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_graph_capture_of_a_training_step_draws_fresh_noise(backend: str) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Linear(64, 64, device="cuda")
-    loss_fn = ModestAlignLoss(noise_std=0.5, smoothing=0.1, logit_scale=14.3, learn_scale=True).cuda()
+    model = torch.nn.Linear(64, 64, device="cuda", dtype=torch.float16)
+    settings = {"noise_std": 0.5, "smoothing": 0.1, "logit_scale": 14.3, "learn_scale": True}
+    loss_fn = ModestAlignLoss(**settings, backend=backend).cuda()
     parameters = [*model.parameters(), *loss_fn.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, capturable=True)
-    x, y = (torch.randn(512, 64, device="cuda") for _ in range(2))
+    x, y = (torch.randn(512, 64, device="cuda", dtype=torch.float16) for _ in range(2))
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=False)
@@ -145,23 +196,25 @@ def test_compiles_once_for_all_batch_sizes() -> None:
     assert frames == frames[:1] * 3
 
 
-def test_offsets_past_2_31_elements_of_an_operand() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_past_2_31_elements_of_an_operand(backend: str) -> None:
     rows, columns, width = 128, 4_300_000, 512  # columns * width > 2^31
     assert columns * width > 2**31
     x, y = features(rows, columns, width)
     with torch.no_grad():
         y[-1] = x[5]  # a hard negative in the very last row, which a wrapped offset would miss
-    loss = modest_align_loss(x, y, 50.0, symmetric=False, backend="triton")
+    loss = modest_align_loss(x, y, 50.0, symmetric=False, backend=backend)
     (grad,) = torch.autograd.grad(loss, y)
     expected = modest_align_loss(x, y, 50.0, symmetric=False, backend="eager")
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     assert grad[-1].float().norm() > 100 * grad[-2].float().norm()
 
 
-def test_more_than_2_31_logits() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_than_2_31_logits(backend: str) -> None:
     rows = 65_536
     x, y = features(rows, rows, 64)
-    loss = modest_align_loss(x, y, 14.3, smoothing=0.1)
+    loss = modest_align_loss(x, y, 14.3, smoothing=0.1, backend=backend)
     grad_x, grad_y = torch.autograd.grad(loss, (x, y))
     # the last rows against the truth of their own softmax and of every column's
     with torch.no_grad():
@@ -170,7 +223,7 @@ def test_more_than_2_31_logits() -> None:
         row_logits = 14.3 * x_hat[part] @ y_hat.T
         col_logits = 14.3 * y_hat[part] @ x_hat.T
         row = row_logits.logsumexp(1) - row_logits[:, part].diagonal()
-    shares = modest_align_loss(x[part], torch.cat((y[part], y[: rows - 64])), 14.3, symmetric=False)
+    shares = modest_align_loss(x[part], torch.cat((y[part], y[: rows - 64])), 14.3, symmetric=False, backend=backend)
     torch.testing.assert_close(shares.double(), row.mean(), rtol=1e-4, atol=0)
     assert grad_x.isfinite().all()
     assert grad_y.isfinite().all()
@@ -178,19 +231,21 @@ def test_more_than_2_31_logits() -> None:
     assert col_logits.isfinite().all()
 
 
-def test_peak_memory_at_65536() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_peak_memory_at_65536(backend: str) -> None:
     rows = 65_536
     x, y = features(rows, rows, 512)
-    ours = peak_extra_bytes(lambda: modest_align_loss(x, y, 14.3, smoothing=0.1).backward(), "cuda")
+    ours = peak_extra_bytes(lambda: modest_align_loss(x, y, 14.3, smoothing=0.1, backend=backend).backward(), "cuda")
     one_matrix = rows * rows * 2
     # the plain loss holds the logits, two log-softmaxes and their gradients: more than four of these
     assert ours <= 0.03 * 4 * one_matrix + 4 * rows * 512 * 4
 
 
-def test_half_a_million_pairs() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_half_a_million_pairs(backend: str) -> None:
     x, y = features(524_288, 524_288, 512)
     with torch.no_grad():
-        loss = modest_align_loss(x, y, 14.3)
+        loss = modest_align_loss(x, y, 14.3, backend=backend)
     # random pairs: the logits are normal with variance scale^2 / D, so their logsumexp is known
     expected = math.log(524_288) + 14.3**2 / 512 / 2
     assert float(loss) == pytest.approx(expected, abs=0.02)

@@ -30,6 +30,8 @@ struct Problem {
 
 struct Extents {
   int64_t block_rows, block_columns;  // of G, multiples of the tile
+  int64_t part_rows;                  // of a block that one task writes
+  int64_t panel;                      // of those that it packs together
   int64_t depth;                      // steps of the products at a time
 };
 
@@ -55,6 +57,9 @@ Extents extents(int64_t rows, int64_t columns, int64_t width, int threads) {
   Extents e;
   e.block_rows = even_part(rows, side, 2 * kTileRows);
   e.block_columns = even_part(columns, elements / e.block_rows, 2 * kTileColumns);
+  // Each task packs all columns of the block: few tasks, but some to spare for a thread that is held up.
+  e.part_rows = even_part(e.block_rows, divide_up(e.block_rows, 2 * threads), kTileRows);
+  e.panel = smaller(panel_rows(width / Operand::kPerWord), e.part_rows);
   e.depth = larger(64, smaller(512, kRightBytes / (4 * round_up(width, kTileColumns))));
   return e;
 }
@@ -70,7 +75,7 @@ int64_t lay_out(char* base, Workspace& w, int64_t rows, int64_t columns, int64_t
   w.col_weight = arena.take<float>(padded(columns));
   w.g = arena.take<char>(e.block_rows * e.block_columns * sizeof(typename Operand::Element));
   w.workers = arena.next;
-  const int64_t for_g = 4 * (panel_rows(steps) + kTileColumns) * steps + 64;
+  const int64_t for_g = 4 * (e.panel + kTileColumns) * steps + 64;
   const int64_t for_product = 4 * (kTileRows + round_up(width, kTileColumns)) * e.depth + 64;
   w.worker_bytes = round_up(larger(for_g, for_product), 64);
   return w.workers - base + threads * w.worker_bytes;
@@ -117,14 +122,14 @@ __attribute__((noinline)) void g_tile(const Problem<Operand>& p, const uint32_t*
 
 // The rows [first, last) of the block of G whose first row and column are row0 and col0.
 template <class Operand>
-void write_g(const Problem<Operand>& p, char* scratch, int64_t row0, int64_t first, int64_t last, int64_t col0,
-             int64_t col1, typename Operand::Element* g, int64_t stride) {
+void write_g(const Problem<Operand>& p, int64_t panel, char* scratch, int64_t row0, int64_t first, int64_t last,
+             int64_t col0, int64_t col1, typename Operand::Element* g, int64_t stride) {
   const int64_t row_words = p.width / Operand::kPerWord;
   Arena arena{scratch};
-  uint32_t* left = arena.take<uint32_t>(panel_rows(p.steps) * p.steps);
+  uint32_t* left = arena.take<uint32_t>(panel * p.steps);
   uint32_t* right = arena.take<uint32_t>(kTileColumns * p.steps);
-  for (int64_t i0 = first; i0 < last; i0 += panel_rows(p.steps)) {
-    const int64_t i1 = smaller(last, i0 + panel_rows(p.steps)), tiles = divide_up(i1 - i0, kTileRows);
+  for (int64_t i0 = first; i0 < last; i0 += panel) {
+    const int64_t i1 = smaller(last, i0 + panel), tiles = divide_up(i1 - i0, kTileRows);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = i0 + t * kTileRows;
       pack_along_rows<kTileRows>(left + t * kTileRows * p.steps,
@@ -248,12 +253,9 @@ void run(const void* x_hat, const void* y_hat, const float* scale, const float* 
     const int64_t i1 = smaller(rows, i0 + e.block_rows);
     for (int64_t j0 = 0; j0 < columns; j0 += e.block_columns) {
       const int64_t j1 = smaller(columns, j0 + e.block_columns), stride = padded(j1 - j0);
-      // Each task packs all columns of the block: few tasks, but some to spare for a thread that is held up.
-      const int64_t part = even_part(i1 - i0, divide_up(i1 - i0, 2 * used), kTileRows);
-      parallel(team, divide_up(i1 - i0, part), [&](int64_t task, int worker) {
-        const int64_t first = i0 + task * part;
-        write_g<Operand>(p, w.workers + worker * w.worker_bytes, i0, first, smaller(i1, first + part), j0, j1, g,
-                         stride);
+      parallel(team, divide_up(i1 - i0, e.part_rows), [&](int64_t task, int worker) {
+        const int64_t first = i0 + task * e.part_rows, last = smaller(i1, first + e.part_rows);
+        write_g<Operand>(p, e.panel, w.workers + worker * w.worker_bytes, i0, first, last, j0, j1, g, stride);
       });
       const int64_t x_part = even_part(i1 - i0, smaller(kTaskRows, divide_up(i1 - i0, used)), kTileRows);
       const int64_t y_part = even_part(j1 - j0, smaller(kTaskRows, divide_up(j1 - j0, used)), kTileRows);

@@ -29,9 +29,9 @@ struct Problem {
 };
 
 struct Worker {
-  uint32_t* left;    // [panel_rows, steps], packed
+  uint32_t* left;    // [panel, steps], packed
   uint32_t* right;   // [kTileColumns, steps], packed
-  Vec* row_partial;  // [panel_rows]
+  Vec* row_partial;  // [panel]
   int32_t* lowest_id;
   int32_t* highest_id;  // of each tile's rows
 };
@@ -52,6 +52,7 @@ Slots slots(int64_t rows, int64_t steps, int threads) {
 struct Workspace {
   double *row_total, *col_total;  // [rows], [slots, padded columns]
   float *row_shift, *col_shift;
+  int64_t panel;  // rows that a worker packs together
   char* workers;
   int64_t worker_bytes;
 };
@@ -59,25 +60,26 @@ struct Workspace {
 int64_t lay_out(char* base, Workspace& w, int64_t rows, int64_t columns, int64_t steps, int threads) {
   Arena arena{base};
   w.row_total = arena.take<double>(rows);
-  w.col_total = arena.take<double>(slots(rows, steps, threads).count * padded(columns));
+  const Slots parts = slots(rows, steps, threads);
+  w.panel = smaller(panel_rows(steps), parts.rows);
+  w.col_total = arena.take<double>(parts.count * padded(columns));
   w.row_shift = arena.take<float>(rows);
   w.col_shift = arena.take<float>(padded(columns));
   w.workers = arena.next;
-  const int64_t block = panel_rows(steps);
-  w.worker_bytes = 4 * (block + kTileColumns) * steps + block * sizeof(Vec) + 2 * round_up(4 * block / kTileRows, 64);
+  w.worker_bytes = 4 * (w.panel + kTileColumns) * steps + w.panel * sizeof(Vec);
+  w.worker_bytes += 2 * round_up(4 * w.panel / kTileRows, 64);
   w.worker_bytes = round_up(w.worker_bytes, 64);
   return w.workers - base + threads * w.worker_bytes;
 }
 
 Worker worker_at(const Workspace& w, int index, int64_t steps) {
-  const int64_t block = panel_rows(steps);
   Arena arena{w.workers + index * w.worker_bytes};
   Worker worker;
-  worker.left = arena.take<uint32_t>(block * steps);
+  worker.left = arena.take<uint32_t>(w.panel * steps);
   worker.right = arena.take<uint32_t>(kTileColumns * steps);
-  worker.row_partial = arena.take<Vec>(block);
-  worker.lowest_id = arena.take<int32_t>(block / kTileRows);
-  worker.highest_id = arena.take<int32_t>(block / kTileRows);
+  worker.row_partial = arena.take<Vec>(w.panel);
+  worker.lowest_id = arena.take<int32_t>(w.panel / kTileRows);
+  worker.highest_id = arena.take<int32_t>(w.panel / kTileRows);
   return worker;
 }
 
@@ -146,8 +148,8 @@ void collect_rows(const Problem<Operand>& p, const Workspace& w, const Worker& w
   const Vec start = splat(maxima ? kLowest : 0.0f);
   const int64_t row_words = p.width / Operand::kPerWord;
   for (int64_t j = 0; j < padded(p.columns); ++j) col_total[j] = maxima ? kLowest : 0.0;
-  for (int64_t i0 = first; i0 < last; i0 += panel_rows(p.steps)) {
-    const int64_t i1 = smaller(last, i0 + panel_rows(p.steps)), tiles = divide_up(i1 - i0, kTileRows);
+  for (int64_t i0 = first; i0 < last; i0 += w.panel) {
+    const int64_t i1 = smaller(last, i0 + w.panel), tiles = divide_up(i1 - i0, kTileRows);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row0 = i0 + t * kTileRows, count = smaller(kTileRows, i1 - row0);
       pack_along_rows<kTileRows>(worker.left + t * kTileRows * p.steps,

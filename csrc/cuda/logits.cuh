@@ -1,0 +1,92 @@
+// What the epilogues of both matmuls share. An epilogue gets a tile's dot products in registers as WGMMA leaves them:
+// in a warp group's 64 rows a thread has the rows r and r + 8 of its warp's 16, r = lane / 4, and of every 8 columns
+// the two that start at 2 (lane mod 4):
+//
+//     dots(4 g + 2 h + c)  is row  16 warp + lane / 4 + 8 h,  column  8 g + 2 (lane mod 4) + c
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace modest_align::cuda {
+
+constexpr int kTileRows = 128;
+constexpr int kGroupRows = 64;  // of one warp group
+// What follows the epilogue's shared memory are operands whose swizzle repeats every 1,024 bytes.
+constexpr int kSharedAlignment = 1024;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// exp2 arguments stay within [-126, 100]: headroom for the sums above, no subnormal numbers below.
+constexpr float kHeadroom = 100.0f;
+// A sum below 2^-80 may have lost terms to underflow that mattered.
+constexpr float kSmallestSum = 8.271806125530277e-25f;
+
+// Columns of a tile by shape: the widest reads the fewest bytes, but must come often enough to fill the chip.
+inline int tile_columns(std::int64_t rows, std::int64_t columns) {
+  constexpr int kProcessors = 132;  // of an H100 or H200
+  return ceil_div(rows, kTileRows) * ceil_div(columns, 256) < kProcessors ? 128 : 256;
+}
+
+// Logits in units of log2 are k * dot, and those minus `shift` do not overflow exp2.
+struct LogitScale {
+  float k, shift;
+
+  __device__ explicit LogitScale(const float* scale) {
+    k = *scale * kLog2e;
+    shift = fmaxf(k - kHeadroom, 0.0f);
+    // So that -inf times it is -inf, for the pairs that are left out.
+    if (k == 0.0f) k = 1e-37f;
+  }
+};
+
+// Where this thread's elements are, and which of their pairs are no negatives.
+struct Place {
+  int row, column;  // of the first element, in the wave
+  int rows, columns;
+  int first_row, first_column;  // of the wave, in all pairs
+  const std::int32_t* ids;      // null: a pair is left out where the global row is the global column
+  int row_id[2];
+  bool masked;  // the warp has such pairs, or some that do not exist
+
+  __device__ Place(int warp_row, int tile_column, int tile_columns, int lane, int rows, int columns, int first_row,
+                   int first_column, const std::int32_t* ids)
+      : row(warp_row + lane / 4),
+        column(tile_column + 2 * (lane % 4)),
+        rows(rows),
+        columns(columns),
+        first_row(first_row),
+        first_column(first_column),
+        ids(ids) {
+    const int past_diagonal = first_row + warp_row - (first_column + tile_column);
+    const bool diagonal = past_diagonal > -16 && past_diagonal < tile_columns;
+    masked = ids || diagonal || warp_row + 16 > rows || tile_column + tile_columns > columns;
+    for (int h = 0; h < 2; ++h) {
+      const int i = row + 8 * h;
+      row_id[h] = ids && i < rows ? ids[first_row + i] : first_row + i;
+    }
+  }
+
+  // Overwrites the dots of pairs that are no negatives, or do not exist, in the 32 columns from 8 * `group` on, by an
+  // infinity whose exponential is 0.
+  template <class Dots>
+  __device__ void exclude(Dots& dots, int group, float k) const {
+    const float fill = k > 0.0f ? -INFINITY : INFINITY;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int j = column + 8 * (group + i / 2) + i % 2;
+      const bool exists = j < columns;
+      const int column_id = ids && exists ? ids[first_column + j] : first_column + j;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& dot = dots(4 * (group + i / 2) + 2 * h + i % 2);
+        if (!exists || row + 8 * h >= rows || row_id[h] == column_id) dot = fill;
+      }
+    }
+  }
+};
+
+}  // namespace modest_align::cuda
