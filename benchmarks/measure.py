@@ -38,6 +38,7 @@ LEAST_ROUNDS = 3
 LONG_SECONDS = {"cpu": 200.0, "cuda": 10.0}
 # The floor's output is this large at most: on a CPU it then stays in the cache, as a loss's block of logits does.
 FLOOR_BYTES = {"cpu": 2**24, "cuda": 2**31}
+FLOOR_COLUMNS = {"cpu": 2**13, "cuda": 2**17}
 L2_BYTES = 2**28
 # Where a batch can take the whole memory of a CPU, it is predicted from two small ones instead of tried.
 PREDICT_ROWS = 8_192
@@ -330,17 +331,19 @@ def first_runs(
 def floor(x: Tensor, y: Tensor) -> Callable[[], None]:
     """Four matmuls of the shape and dtype, [B, D] by [D, B]: the least work of an exact loss that stores no logits.
 
-    Their output is one buffer of at most FLOOR_BYTES, written block after block.
+    Their output is one buffer of at most FLOOR_BYTES, written block after block; flat strips would be slower.
     """
     rows = len(x)
-    block = max(1, min(rows, FLOOR_BYTES[x.device.type] // (rows * x.element_size())))
-    scratch = torch.empty(block, rows, dtype=x.dtype, device=x.device)
+    width = min(rows, FLOOR_COLUMNS[x.device.type])
+    height = max(1, min(rows, FLOOR_BYTES[x.device.type] // (width * x.element_size())))
+    scratch = torch.empty(height, width, dtype=x.dtype, device=x.device)
 
     def run() -> None:
         for _ in range(4):
-            for i in range(0, rows, block):
-                part = x[i : i + block]
-                torch.mm(part, y.T, out=scratch[: len(part)])
+            for i in range(0, rows, height):
+                for j in range(0, rows, width):
+                    x_block, y_block = x[i : i + height], y[j : j + width]
+                    torch.mm(x_block, y_block.T, out=scratch[: len(x_block), : len(y_block)])
 
     return run
 
