@@ -1,14 +1,11 @@
 // Blocks of G = exp(S - row_lse) + exp(S - col_lse), and from each block both products with the other side.
-#include "matmul.h"
+#include "logits.h"
 #include "parallel.h"
 
 namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kHeadroom = 100.0f;
-constexpr float kSmallestLog2Sum = -80.0f;
 // Bytes of G for each thread, and in all: eight times as much is no faster.
 constexpr int64_t kBlockBytes = int64_t{1} << 20, kMostBlockBytes = int64_t{64} << 20;
 // Rows of a product that one task computes.
@@ -41,8 +38,6 @@ struct Workspace {
   char* workers;
   int64_t worker_bytes;
 };
-
-int64_t padded(int64_t columns) { return round_up(columns, kTileColumns); }
 
 // A length of equal parts of `total`, each at most `largest`, rounded up to a multiple.
 int64_t even_part(int64_t total, int64_t largest, int64_t multiple) {
@@ -87,18 +82,8 @@ __attribute__((noinline)) void g_tile(const Problem<Operand>& p, const uint32_t*
                                       typename Operand::Element* g, int64_t stride) {
   Vec acc[kTileRows][kTileVectors] = {};
   multiply_tile<Operand>(left, right, p.steps, acc);
-  IntVec col_id[kTileVectors], inside[kTileVectors];
-  if (masked) {
-    int32_t id[kTileColumns], in[kTileColumns];
-    for (int j = 0; j < kTileColumns; ++j) {
-      in[j] = col0 + j < columns_end ? -1 : 0;
-      id[j] = in[j] ? p.ids[col0 + j] : 0;
-    }
-    for (int v = 0; v < kTileVectors; ++v) {
-      col_id[v] = load<IntVec>(id + v * kLanes);
-      inside[v] = load<IntVec>(in + v * kLanes);
-    }
-  }
+  Negatives negatives;
+  if (masked) negatives = Negatives::of(p.ids, col0, columns_end);
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m) {
     const bool outside = row0 + m >= rows_end;
@@ -113,7 +98,7 @@ __attribute__((noinline)) void g_tile(const Problem<Operand>& p, const uint32_t*
         const Vec s = acc[m][v] * p.scale_log2;
         value = exp2(s - p.row_log2[row]) + exp2(s - load<Vec>(p.col_log2 + col0 + v * kLanes));
       }
-      if (masked) value = ((col_id[v] != p.ids[row]) & inside[v]) != 0 ? value : Vec{};
+      if (masked) value = negatives.mask(v, p.ids[row]) != 0 ? value : Vec{};
       if (outside) value = Vec{};
       Operand::store_vector(g + m * stride + v * kLanes, value);
     }

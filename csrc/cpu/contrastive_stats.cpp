@@ -1,15 +1,11 @@
-#include "matmul.h"
+#include "logits.h"
 #include "parallel.h"
 
 namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309;
-// As in eager.py: 100 binades of headroom above the shift; below 2^-80 a sum may have lost terms that matter.
-constexpr float kHeadroom = 100.0f;
-constexpr double kSmallestLog2Sum = -80.0;
 constexpr float kLowest = -1e30f;
 // Column panels between two moves of the rows' float32 sums into float64.
 constexpr int kFlush = 64;
@@ -35,8 +31,6 @@ struct Worker {
   int32_t* lowest_id;
   int32_t* highest_id;  // of each tile's rows
 };
-
-int64_t padded(int64_t columns) { return round_up(columns, kTileColumns); }
 
 // Rows that are collected together, into column sums of their own: a slot is a task.
 struct Slots {
@@ -90,18 +84,8 @@ __attribute__((noinline)) void collect_tile(const Problem<Operand>& p, const uin
   Vec acc[kTileRows][kTileVectors] = {};
   multiply_tile<Operand>(left, right, p.steps, acc);
   const int count = static_cast<int>(smaller(kTileRows, p.rows - row0));
-  IntVec col_id[kTileVectors], inside[kTileVectors];
-  if (masked) {
-    int32_t id[kTileColumns], in[kTileColumns];
-    for (int j = 0; j < kTileColumns; ++j) {
-      in[j] = col0 + j < p.columns ? -1 : 0;
-      id[j] = in[j] ? p.ids[col0 + j] : 0;
-    }
-    for (int v = 0; v < kTileVectors; ++v) {
-      col_id[v] = load<IntVec>(id + v * kLanes);
-      inside[v] = load<IntVec>(in + v * kLanes);
-    }
-  }
+  Negatives negatives;
+  if (masked) negatives = Negatives::of(p.ids, col0, p.columns);
   Vec col_shift[kTileVectors];
   if (collect == Collect::shifted_sums) {
     for (int v = 0; v < kTileVectors; ++v) col_shift[v] = load<Vec>(p.col_shift + col0 + v * kLanes);
@@ -123,7 +107,7 @@ __attribute__((noinline)) void collect_tile(const Problem<Operand>& p, const uin
         to_col = exp2(s - col_shift[v]);
       }
       if (masked) {
-        const IntVec negative = (col_id[v] != p.ids[row0 + m]) & inside[v];
+        const IntVec negative = negatives.mask(v, p.ids[row0 + m]);
         const Vec nothing = splat(collect == Collect::maxima ? kLowest : 0.0f);
         to_row = negative ? to_row : nothing;
         to_col = negative ? to_col : nothing;
