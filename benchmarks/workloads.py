@@ -88,7 +88,7 @@ def default_workloads(device: str, full: bool) -> list[Workload]:
         *(Workload("loss", rows, 512, "float32") for rows in (*sizes, 16_384)),
         *(Workload("loss", rows, features, "float32", "fast") for features in (256, 1_024) for rows in sizes),
         *(Workload("loss", 16_384, features, "float32", "none") for features in (256, 1_024)),
-        *(Workload("loss", rows, 512, "bfloat16", "fast") for rows in sizes),
+        *(Workload("loss", rows, 512, "bfloat16") for rows in sizes),
         *(Workload("operations", 8_192, 512, dtype) for dtype in ("float32", "bfloat16")),
         Workload("step", 20_480, 512, "float32"),
         *(Workload("loss", rows, 512, "float32", "none") for rows in (32_768, 65_536)),
