@@ -23,8 +23,7 @@ _HAS_TRITON = find_spec("triton") is not None
 # measured yet, so the compiled kernels for one run by name only.
 _AUTO = {"cpu": ("native", "eager"), "cuda": ("triton", "eager")}
 # Normalisation on a GPU holds whole rows in registers.
-_TRITON_FEATURES = 16384
-_CUDA_FEATURES = 16384
+_GPU_FEATURES = 16384
 
 
 def why_not(
@@ -53,8 +52,8 @@ def _why_not_native(device: torch.device, dtype: torch.dtype | None, features: i
             return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
         if dtype is not None and operand_dtype(dtype, device, "native") != torch.float16:
             return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
-        if features is not None and features > _CUDA_FEATURES:
-            return f"the CUDA kernels take rows of at most {_CUDA_FEATURES:,} features, not {features:,}"
+        if features is not None and features > _GPU_FEATURES:
+            return f"the CUDA kernels take rows of at most {_GPU_FEATURES:,} features, not {features:,}"
     elif device.type != "cpu":
         return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
     elif dtype == torch.float64:
@@ -76,8 +75,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype | None, features: i
         return "the Triton kernels need a GPU of compute capability 8.0 or newer"
     if dtype == torch.float64:
         return 'float64 features run on backend="eager" only'
-    if features is not None and features > _TRITON_FEATURES:
-        return f"the Triton kernels take rows of at most {_TRITON_FEATURES:,} features, not {features:,}"
+    if features is not None and features > _GPU_FEATURES:
+        return f"the Triton kernels take rows of at most {_GPU_FEATURES:,} features, not {features:,}"
     return None
 
 
