@@ -7,18 +7,17 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from train_data import write_store
 
+from modest_align_train.files import atomic_path, write_json
 from modest_align_train.latents import (
     MANIFEST,
     PARTIAL_MANIFEST,
     Latents,
     Record,
-    atomic_path,
     load_latents,
     open_image,
     tar_index,
-    write_json,
-    write_shard,
 )
 
 
@@ -28,25 +27,9 @@ def record(key, split="train", group=None, captions=("a caption",)):
 
 def store(directory, shards):
     """Write shards of (records) with random latents; return the whole tensors."""
-    directory.mkdir()
-    entries, images, texts = [], [], []
-    for index, records in enumerate(shards):
-        counts = torch.tensor([len(one.captions) for one in records])
-        images.append(torch.randn(len(records), 4))
-        texts.append(torch.randn(int(counts.sum()), 3))
-        rows = torch.arange(len(records)).repeat_interleave(counts)
-        entries.append(write_shard(directory, index, images[-1], texts[-1], rows, records))
-    manifest = {
-        "format_version": 1,
-        "image_encoder": "eyes",
-        "text_encoder": "ears",
-        "image_dim": 4,
-        "text_dim": 3,
-        "images": sum(entry["images"] for entry in entries),
-        "captions": sum(entry["captions"] for entry in entries),
-        "shards": entries,
-    }
-    write_json(directory / MANIFEST, manifest)
+    images = [torch.randn(len(records), 4) for records in shards]
+    texts = [torch.randn(sum(len(one.captions) for one in records), 3) for records in shards]
+    write_store(directory, zip(images, texts, shards, strict=True), "eyes", "ears")
     return torch.cat(images), torch.cat(texts)
 
 

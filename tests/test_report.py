@@ -12,10 +12,11 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from test_search import write_pairs
+from train_data import write_store
 
 from modest_align_train import report as report_module
 from modest_align_train.evaluate import evaluate
-from modest_align_train.latents import Record, load_latents, write_json, write_shard
+from modest_align_train.latents import load_latents
 from modest_align_train.report import Section, plot, write_report
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
@@ -146,9 +147,7 @@ def test_one_image_of_each_group_in_the_order_of_the_hash(root):
 def test_captions_are_escaped(root):
     latents = load_latents(root / "latents")
     evil = [replace(r, captions=("<script>alert(1)</script>", r.captions[1])) for r in latents.records]
-    shard = write_shard(root / "latents", 0, latents.image, latents.text, latents.caption_image, evil)
-    manifest = json.loads((root / "latents" / "manifest.json").read_text(encoding="utf-8"))
-    write_json(root / "latents" / "manifest.json", {**manifest, "shards": [shard]})
+    write_store(root / "latents", [(latents.image, latents.text, evil)])
     page = page_of([root / "plain"], root, latents=root / "latents", title="<i>title</i>")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>" not in page
@@ -157,10 +156,9 @@ def test_captions_are_escaped(root):
 
 def test_missing_images_leave_a_placeholder(root):
     latents = load_latents(root / "latents")
-    gone = [Record(r.key, r.captions, r.split, r.group, "gone.png") for r in latents.records]
-    shard = write_shard(root / "latents", 0, latents.image, latents.text, latents.caption_image, gone)
-    manifest = json.loads((root / "latents" / "manifest.json").read_text(encoding="utf-8"))
-    write_json(root / "latents" / "manifest.json", {**manifest, "shards": [shard]})
+    write_store(
+        root / "latents", [(latents.image, latents.text, [replace(r, location="gone.png") for r in latents.records])]
+    )
     page = page_of([root / "plain"], root, latents=root / "latents")
     assert "image not found" in page
     assert "<img" not in page

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from train_data import write_store
 
 from modest_align_train import search as search_module
-from modest_align_train.latents import Record, load_latents, write_json, write_shard
+from modest_align_train.latents import Record, load_latents
 from modest_align_train.search import format_hits, nearest_captions, search
 from modest_align_train.settings import Settings
 
@@ -31,20 +32,7 @@ def write_pairs(directory: Path, images: int = 6, splits: tuple[str, ...] = ("te
     text = image.repeat_interleave(2, dim=0)
     text = text + 0.1 * torch.randn(text.shape, generator=generator)
     text[1::2] = torch.randn(16, generator=generator)  # the caption that all share
-    caption_image = torch.arange(images).repeat_interleave(2)
-    shard = write_shard(directory, 0, image, text, caption_image, records)
-    manifest = {
-        "format_version": 1,
-        "image_encoder": "drawn-image",
-        "text_encoder": "drawn-text",
-        "image_dim": 16,
-        "text_dim": 16,
-        "images": images,
-        "captions": 2 * images,
-        "shards": [shard],
-    }
-    write_json(directory / "manifest.json", manifest)
-    return directory
+    return write_store(directory, [(image, text, records)], "drawn-image", "drawn-text")
 
 
 class Identity:

@@ -7,20 +7,38 @@ from pathlib import Path
 
 import torch
 
-from modest_align_train.latents import Record, write_json, write_shard
+from modest_align_train.latents import Record, write_manifest, write_shard
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 
 IMAGE_DIM, TEXT_DIM = 24, 16
 
 
+def write_store(directory: Path, shards, image_encoder: str = "seeded", text_encoder: str = "seeded") -> Path:
+    """Latents as `extract` leaves them, of shards (image latents, caption latents, records)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index, (image, text, records) in enumerate(shards):
+        counts = torch.tensor([len(record.captions) for record in records])
+        caption_image = torch.arange(len(records)).repeat_interleave(counts)
+        entries.append(write_shard(directory, index, image, text, caption_image, records))
+    write_manifest(
+        directory,
+        entries,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        image_dim=image.shape[1],
+        text_dim=text.shape[1],
+    )
+    return directory
+
+
 def write_latents(directory: Path, images: int = 200, splits=("train", "train", "train", "validation", "test")) -> Path:
     """Two captions an image; both modalities are noisy views of the same 8 numbers."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(images, 8, generator=generator)
-    caption_image = torch.arange(images).repeat_interleave(2)
     image = common @ torch.randn(8, IMAGE_DIM, generator=generator)
-    text = common[caption_image] @ torch.randn(8, TEXT_DIM, generator=generator)
+    text = common.repeat_interleave(2, dim=0) @ torch.randn(8, TEXT_DIM, generator=generator)
     image += torch.randn(image.shape, generator=generator) / 2
     text += torch.randn(text.shape, generator=generator) / 2
     records = [
@@ -33,20 +51,7 @@ def write_latents(directory: Path, images: int = 200, splits=("train", "train", 
         )
         for i in range(images)
     ]
-    directory.mkdir()
-    shard = write_shard(directory, 0, image, text, caption_image, records)
-    manifest = {
-        "format_version": 1,
-        "images": images,
-        "captions": len(text),
-        "image_dim": IMAGE_DIM,
-        "text_dim": TEXT_DIM,
-        "image_encoder": "seeded",
-        "text_encoder": "seeded",
-        "shards": [shard],
-    }
-    write_json(directory / "manifest.json", manifest)
-    return directory
+    return write_store(directory, [(image, text, records)])
 
 
 def small_settings(tmp_path: Path, **changes) -> Settings:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from modest_align_train.evaluate import RECALL_AT, evaluate, load_ranks, mean_recall, paired_difference
 from modest_align_train.extract import extract
-from modest_align_train.latents import atomic_path, write_json
+from modest_align_train.files import atomic_path, write_file, write_json
 from modest_align_train.report import Section, plot, write_report
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
@@ -136,8 +136,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
         "effect": _effect(rows, noise_std),
     }
     write_json(output / "results.json", results)
-    with atomic_path(output / "table.md") as temporary:
-        temporary.write_text(markdown + "\n", encoding="utf-8")
+    write_file(output / "table.md", markdown + "\n")
     report = write_report(
         [runs[kind][0] for kind in KINDS],
         output / "report.html",

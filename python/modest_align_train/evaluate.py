@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modest_align_train.adapters import load_aligner
 from modest_align_train.devices import choose_device
-from modest_align_train.latents import Latents, atomic_path, load_latents, write_json
+from modest_align_train.files import write_file, write_json
+from modest_align_train.latents import Latents, load_latents
 from modest_align_train.settings import read_settings
 
 RECALL_AT = (1, 5, 10)
@@ -79,8 +80,7 @@ def evaluate(
         **_retrieval(ranks, bootstrap),
         "calibration": _calibration(*_one_pair_a_group(images, texts, data), scale, bootstrap),
     }
-    with atomic_path(run / "ranks.safetensors") as temporary:
-        temporary.write_bytes(save(ranks))
+    write_file(run / "ranks.safetensors", save(ranks))
     write_json(run / "evaluation.json", result)
     return result
 

@@ -27,6 +27,7 @@ from modest_align_train.encoders import (
     load_text_encoder,
     local_files,
 )
+from modest_align_train.files import write_json
 from modest_align_train.latents import (
     FORMAT_VERSION,
     MANIFEST,
@@ -37,7 +38,7 @@ from modest_align_train.latents import (
     open_image,
     read_shard,
     split_counts,
-    write_json,
+    write_manifest,
     write_shard,
 )
 from modest_align_train.sources import Skipped, find_files, fingerprint, read_source
@@ -168,18 +169,16 @@ def extract(
         )
     unreadable = {one["location"] for one in unread_fields}
     splits = split_counts([record for record in contents.records if record.location not in unreadable])
-    manifest = {
+    manifest = write_manifest(
+        output,
+        shards,
+        image_dim=encode_images.dim,
+        text_dim=encode_texts.dim,
+        splits=splits,
+        split_rule=contents.split_rule,
+        skipped=[asdict(one) for one in contents.skipped] + unread_fields,
         **origin,
-        "image_dim": encode_images.dim,
-        "text_dim": encode_texts.dim,
-        "images": sum(shard["images"] for shard in shards),
-        "captions": sum(shard["captions"] for shard in shards),
-        "splits": splits,
-        "split_rule": contents.split_rule,
-        "skipped": [asdict(one) for one in contents.skipped] + unread_fields,
-        "shards": [{key: shard[key] for key in ("name", "images", "captions", "sha256")} for shard in shards],
-    }
-    write_json(output / MANIFEST, manifest)
+    )
     (output / PARTIAL_MANIFEST).unlink()
     counts_said = ", ".join(f"{name} {count:,}" for name, count in splits.items())
     say(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +17,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+
+from modest_align_train.files import write_file, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -111,26 +111,6 @@ def split_counts(records: Sequence[Record]) -> dict[str, int]:
     return {split: sum(record.split == split for record in records) for split in SPLITS}
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        # Without it a power cut can leave the new name on an empty file.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON by atomic rename."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_shard(
     directory: Path, index: int, image: Tensor, text: Tensor, caption_image: Tensor, records: Sequence[Record]
 ) -> dict[str, Any]:
@@ -152,14 +132,49 @@ def write_shard(
         f"{name}.jsonl": "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records).encode(),
     }
     for file_name, content in contents.items():
-        with atomic_path(directory / file_name) as temporary:
-            temporary.write_bytes(content)
+        write_file(directory / file_name, content)
     return {
         "name": name,
         "images": len(records),
         "captions": len(text),
         "sha256": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in contents.items()},
     }
+
+
+def write_manifest(
+    directory: Path,
+    shards: Sequence[dict[str, Any]],
+    *,
+    image_encoder: str,
+    text_encoder: str,
+    image_dim: int,
+    text_dim: int,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write and return the manifest that makes shards readable by `load_latents`.
+
+    Args:
+        directory: Where the shards are.
+        shards: What `write_shard` returned for each, in order; further keys are left out.
+        image_encoder: Name of the encoder of the image latents.
+        text_encoder: Name of the encoder of the text latents.
+        image_dim: Features Di of the image latents.
+        text_dim: Features Dt of the text latents.
+        facts: What else to keep, for people and for `extract`.
+    """
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "image_encoder": image_encoder,
+        "text_encoder": text_encoder,
+        "image_dim": image_dim,
+        "text_dim": text_dim,
+        "images": sum(shard["images"] for shard in shards),
+        "captions": sum(shard["captions"] for shard in shards),
+        **facts,
+        "shards": [{key: shard[key] for key in ("name", "images", "captions", "sha256")} for shard in shards],
+    }
+    write_json(directory / MANIFEST, manifest)
+    return manifest
 
 
 def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor], list[Record]]:

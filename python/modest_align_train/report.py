@@ -29,7 +29,8 @@ from matplotlib.text import Text
 
 from modest_align_train.adapters import load_aligner
 from modest_align_train.evaluate import BINS, RECALL_AT, best_ranks, evaluate, load_ranks, paired_difference
-from modest_align_train.latents import Latents, atomic_path, load_latents, open_image
+from modest_align_train.files import write_file
+from modest_align_train.latents import Latents, load_latents, open_image
 from modest_align_train.search import all_captions, default_latents, nearest_captions, nearest_images
 from modest_align_train.settings import read_settings
 
@@ -183,8 +184,7 @@ def write_report(
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(output, page)
     return output
 
 

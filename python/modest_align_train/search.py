@@ -13,7 +13,8 @@ from torch import Tensor
 
 from modest_align_train.adapters import load_aligner
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
-from modest_align_train.latents import Latents, atomic_path, load_latents, open_image
+from modest_align_train.files import atomic_path
+from modest_align_train.latents import Latents, load_latents, open_image
 from modest_align_train.settings import read_settings
 from modest_align_train.sources import IMAGE_SUFFIXES
 

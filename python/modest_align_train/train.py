@@ -24,7 +24,8 @@ from tqdm import tqdm
 from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import recalls, retrieval_ranks
-from modest_align_train.latents import Latents, atomic_path, load_latents
+from modest_align_train.files import atomic_path, write_file
+from modest_align_train.latents import Latents, load_latents
 from modest_align_train.settings import Settings, read_settings
 
 __all__ = ["Aligner", "load_aligner", "train"]
@@ -71,8 +72,7 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
         )
     run.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
-        with atomic_path(run / "settings.toml") as temporary:
-            temporary.write_text(settings.to_toml(), encoding="utf-8")
+        write_file(run / "settings.toml", settings.to_toml())
     if progress:
         print(settings.to_toml())
 
