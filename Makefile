@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= demo_run
 BIN := $(VENV)/bin
-SOURCES := modest_align_kernels python benchmarks tests setup.py
+SOURCES := modest_align_kernels python benchmarks tests tools setup.py
 
 .PHONY: demo test lint benchmark readme gpu-check
 

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import shutil
-import sys
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -15,19 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "python" / "modest_align_train" / "demo_data"
+from tools import build_demo_data as script
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("build_demo_data", ROOT / "python" / "build_demo_data.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+DATA = Path(__file__).parents[1] / "python" / "modest_align_train" / "demo_data"
 
 
 @pytest.fixture(scope="module")

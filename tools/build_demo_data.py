@@ -1,7 +1,7 @@
 """Rebuild the demo's image-caption pairs, bit for bit, from the packages they come from.
 
-    python python/build_demo_data.py            # download, build, write modest_align_train/demo_data
-    python python/build_demo_data.py --check    # build again and compare with what is committed
+    python tools/build_demo_data.py            # download, build, write modest_align_train/demo_data
+    python tools/build_demo_data.py --check    # build again and compare with what is committed
 
 The emoji come from npm packages, Open Clip Art from a Debian package; `npm pack`, `apt-get download` and
 `dpkg-deb` fetch and open them (`--sources DIR` takes files that are there already). Each SVG is drawn by
@@ -20,7 +20,6 @@ import html
 import importlib.metadata
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -38,7 +37,9 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps, features
 from tqdm import tqdm
 
-OUTPUT = Path(__file__).parent / "modest_align_train" / "demo_data"
+from modest_align_train.files import write_file
+
+OUTPUT = Path(__file__).parents[1] / "python" / "modest_align_train" / "demo_data"
 VERSIONS = {"resvg_py": "0.5.0", "pillow": "13.0.0", "libwebp": "1.6.0"}
 
 SIDE = 128  # pixels of the square image
@@ -562,9 +563,7 @@ def write(files: dict[str, bytes], output: Path) -> None:
     """Puts each file in place by an atomic rename, then removes shards of an earlier build."""
     output.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        partial = output / f".{name}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, output / name)
+        write_file(output / name, data)
     for shard in output.glob("*.tar"):
         if shard.name not in files:
             shard.unlink()
@@ -628,7 +627,7 @@ LICENSES_MD = """\
 # Where the demo data come from, and their licences
 
 Each sample's `.json` names its `source` and `license`. `manifest.json` has the versions and checksums of the
-packages, and `python/build_demo_data.py` in the repository rebuilds every byte from them.
+packages, and `tools/build_demo_data.py` in the repository rebuilds every byte from them.
 
 What was changed, for all sources: the vector drawings were rendered, cropped to what they show, fitted into
 a white square of 128 pixels and stored as WebP. Some were left out; the manifest says how many and why.
