@@ -66,8 +66,8 @@ def test_the_command_line_goes_before_the_file(tmp_path, config, capsys):
     ("text", "sentence"),
     [
         ("nonsense = 1", "has the unknown setting 'nonsense'"),
-        ("seed = 'one'", "seed must be of type int, got str 'one'"),
-        ("steps = 0", "steps must be at least 1, got 0"),
+        ("seed = 'one'", "seed must be a valid integer, got 'one'"),
+        ("steps = 0", "steps must be greater than or equal to 1, got 0"),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, capsys, text, sentence):

@@ -25,7 +25,7 @@ def test_quick_demo_from_the_command_line(tmp_path) -> None:
         assert row["R@1"]["value"] <= row["R@5"]["value"] <= row["R@10"]["value"]
         if row["loss"] == "InfoNCE":
             assert row["R@10 gain"]["value"] == 0
-    assert results["noise_std"] in module.QUICK_SWEEP[1:]
+    assert results["latent_noise_std"] in module.QUICK_SWEEP[1:]
     table = (tmp_path / "out" / "table.md").read_text().strip()
     assert table in done.stdout
     assert results["effect"] in done.stdout

@@ -33,13 +33,13 @@ def trained(tmp_path_factory):
         steps=6,
         batch_size=16,
         embedding_dim=8,
-        noise_std=0.0,
+        latent_noise_std=0.0,
         log_every=2,
         validate_every=2,
         warmup_steps=1,
         device="cpu",
     )
-    for changed in (settings, replace(settings, output=root / "noisy", noise_std=0.03)):
+    for changed in (settings, replace(settings, output=root / "noisy", latent_noise_std=0.03)):
         evaluate(train(changed, progress=False), bootstrap=50, device="cpu")
     return root
 
@@ -107,7 +107,7 @@ def test_several_runs_are_told_apart(root):
     text = visible(page)
     assert "2 runs aligned drawn-image with drawn-text" in text
     assert "R@1 over plain" in text
-    assert re.search(r"run noise_std plain 0\.0 noisy 0\.03", text)
+    assert re.search(r"run latent_noise_std plain 0\.0 noisy 0\.03", text)
     assert page.count("mean ECE ") == 2
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_was_not_evaluated_is_evaluated(root):
 
 
 def test_sections_and_table_come_from_the_caller(root):
-    axes = plot("Sweep <of> noise", "noise_std", "R@1, %")
+    axes = plot("Sweep <of> noise", "latent_noise_std", "R@1, %")
     axes.plot([0, 1], [1, 2], label="clean $x")
     axes.legend()
     foreign = Figure()

@@ -150,7 +150,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(tmp_path, monkeyp
     [
         ({"steps": 50}, "steps is 50 but 40 in the run stored in .*run"),
         ({"learning_rate": 0.5, "steps": 50}, "steps is 50 but 40"),
-        ({"noise_std": 0.5}, "noise_std is 0.5 but 0.01 in the run stored in"),
+        ({"latent_noise_std": 0.5}, "latent_noise_std is 0.5 but 0.01 in the run stored in"),
     ],
 )
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path, change, sentence):
@@ -164,6 +164,16 @@ def test_a_moved_run_goes_on(tmp_path):
     settings = small_settings(tmp_path)
     train(settings, progress=False).rename(tmp_path / "moved")
     assert train(replace(settings, output=tmp_path / "moved"), progress=False) == tmp_path / "moved"
+
+
+def test_a_run_whose_settings_have_their_earlier_names_goes_on(tmp_path):
+    run = train(small_settings(tmp_path, latent_noise_std=0.02), progress=False)
+    stored = run / "settings.toml"
+    stored.write_text(stored.read_text().replace("latent_noise_std", "noise_std"))
+    assert train(small_settings(tmp_path, latent_noise_std=0.02), progress=False) == run
+    assert load_aligner(run).image_adapter.features == IMAGE_DIM
+    with pytest.raises(ValueError, match=r"latent_noise_std is 0.01 but 0.02 in the run stored in"):
+        train(small_settings(tmp_path), progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -322,7 +332,7 @@ def test_fuse_mixes_both_modalities_with_the_same_partner_and_share():
 
 
 def test_noise_reaches_the_adapters_in_training_only(tmp_path):
-    settings = small_settings(tmp_path, noise_std=0.05, embedding_dim=8)
+    settings = small_settings(tmp_path, latent_noise_std=0.05, embedding_dim=8)
     aligner = Aligner(1000, 1000, settings).train()
     optimizer = torch.optim.SGD(aligner.parameters(), lr=0.0)
     seen = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
-from modest_align_train.settings import Settings, read_settings
+from modest_align_train.settings import Settings, run_settings
 
 # Rows embedded at once outside of training.
 _CHUNK = 8192
@@ -130,7 +130,7 @@ def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner
     if not (run / "best.pt").is_file():
         raise FileNotFoundError(f"{run} is not a trained run: it has no best.pt")
     # A run trained with a backend that this machine lacks must still load.
-    settings = replace(Settings(**read_settings(run / "settings.toml")), backend="auto")
+    settings = replace(run_settings(run), backend="auto")
     checkpoint = torch.load(run / "best.pt", map_location=device, weights_only=True)
     aligner = Aligner(checkpoint["image_dim"], checkpoint["text_dim"], settings).to(device)
     aligner.load_state_dict(checkpoint["model"])

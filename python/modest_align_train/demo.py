@@ -50,15 +50,16 @@ class Kind:
     fixed: bool
     shuffled: bool
 
-    def settings(self, seed: int, noise_std: float, common: Settings) -> Settings:
+    def settings(self, seed: int, latent_noise_std: float, common: Settings) -> Settings:
         """Settings of one run; its directory is named after what tells it from the others."""
-        loss = {"InfoNCE": "infonce", "RP": f"rp{noise_std:g}", "ES": "es", "RP + ES": f"rp{noise_std:g}+es"}[self.loss]
+        rp = f"rp{latent_noise_std:g}"
+        loss = {"InfoNCE": "infonce", "RP": rp, "ES": "es", "RP + ES": f"{rp}+es"}[self.loss]
         captions, scale = "shuffled" if self.shuffled else "clean", f"-scale{FIXED_SCALE:g}" if self.fixed else ""
         return replace(
             common,
             output=common.output / f"{captions}-{loss}{scale}-seed{seed}",
             seed=seed,
-            noise_std=noise_std if "RP" in self.loss else 0.0,
+            latent_noise_std=latent_noise_std if "RP" in self.loss else 0.0,
             smoothing=SMOOTHING if "ES" in self.loss else 0.0,
             shuffled_captions=SHUFFLED if self.shuffled else 0.0,
             learn_scale=not self.fixed,
@@ -102,7 +103,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     print("1/4  latents: frozen encoders over images and captions")
     source = _few_samples(output / "data") if quick else DATA
     latents = extract(source, output / "latents")
-    settings = Settings(latents=output / "latents", output=output / "runs", smoothing=0.0, noise_std=0.0)
+    settings = Settings(latents=output / "latents", output=output / "runs", smoothing=0.0, latent_noise_std=0.0)
     if quick:
         settings = replace(settings, steps=QUICK_STEPS, batch_size=128, validate_every=10, warmup_steps=5)
 
@@ -110,12 +111,12 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     stds = QUICK_SWEEP if quick else SWEEP
     infonce, rp = KINDS[:2]
     swept = _train_all([(rp if std else infonce).settings(0, std, settings) for std in stds], "sweep")
-    sweep = [{"noise_std": std, **_best_validation(run)} for std, run in zip(stds, swept, strict=True)]
-    noise_std = max(sweep[1:], key=lambda point: point["mean_recall"])["noise_std"]
-    print(f"     noise_std = {noise_std:g} has the highest mean recall of them")
+    sweep = [{"latent_noise_std": std, **_best_validation(run)} for std, run in zip(stds, swept, strict=True)]
+    latent_noise_std = max(sweep[1:], key=lambda point: point["mean_recall"])["latent_noise_std"]
+    print(f"     latent_noise_std = {latent_noise_std:g} has the highest mean recall of them")
 
     print(f"3/4  training: {len(KINDS)} kinds, {seeds} seed{'s' if seeds > 1 else ''} each")
-    wanted = [kind.settings(seed, noise_std, settings) for kind in KINDS for seed in range(seeds)]
+    wanted = [kind.settings(seed, latent_noise_std, settings) for kind in KINDS for seed in range(seeds)]
     trained = iter(_train_all(wanted, "runs"))
     runs = {kind: [next(trained) for _ in range(seeds)] for kind in KINDS}
 
@@ -128,12 +129,12 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
         "captions": len(latents.text),
         "test_groups": len({record.group for record in latents.records if record.split == "test"}),
         "seeds": seeds,
-        "noise_std": noise_std,
+        "latent_noise_std": latent_noise_std,
         "smoothing": SMOOTHING,
         "sweep": sweep,
         "rows": rows,
         "table": markdown,
-        "effect": _effect(rows, noise_std),
+        "effect": _effect(rows, latent_noise_std),
     }
     write_json(output / "results.json", results)
     write_file(output / "table.md", markdown + "\n")
@@ -141,7 +142,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
         [runs[kind][0] for kind in KINDS],
         output / "report.html",
         title="Modest-Align on drawings and their captions",
-        sections=[_method_section(seeds), _sweep_section(sweep, noise_std)],
+        sections=[_method_section(seeds), _sweep_section(sweep, latent_noise_std)],
         table=table,
     )
     print(f"\n{markdown}\n\n{results['effect']}\n\n{report}, after {time.perf_counter() - started:.0f} s")
@@ -236,7 +237,7 @@ def _in_brackets(cell: str) -> str:
     return f"{value} ({interval})" if interval else value
 
 
-def _effect(rows: Sequence[dict[str, Any]], noise_std: float) -> str:
+def _effect(rows: Sequence[dict[str, Any]], latent_noise_std: float) -> str:
     """What RP alone did, in words and with intervals."""
     parts = []
     for row in rows:
@@ -245,8 +246,9 @@ def _effect(rows: Sequence[dict[str, Any]], noise_std: float) -> str:
             gains = (f"R@{k} by {_in_brackets(_cell(row[f'R@{k} gain'], sign='+'))}" for k in (1, 10))
             parts.append(f"{' and '.join(gains)} {where}")
     return (
-        f"Random perturbation alone (noise_std {noise_std:g} on unit-norm latents) changes {'; '.join(parts)}. In "
-        "points, mean of both directions, with 95% intervals of a paired bootstrap over the test concepts."
+        f"Random perturbation alone (latent_noise_std {latent_noise_std:g} on unit-norm latents) changes "
+        f"{'; '.join(parts)}. In points, mean of both directions, with 95% intervals of a paired bootstrap over the "
+        "test concepts."
     )
 
 
@@ -262,8 +264,8 @@ def _method_section(seeds: int) -> Section:
 
 
 def _sweep_section(sweep: Sequence[dict[str, float]], chosen: float) -> Section:
-    axes = plot("How much noise helps", "noise_std on unit-norm latents", "validation recall, %")
-    stds = [point["noise_std"] for point in sweep]
+    axes = plot("How much noise helps", "latent_noise_std on unit-norm latents", "validation recall, %")
+    stds = [point["latent_noise_std"] for point in sweep]
     for k in RECALL_AT:
         axes.plot(stds, [point[f"R@{k}"] for point in sweep], marker="o", label=f"R@{k}")
     axes.axvline(chosen, color="#888888", linestyle=":", label="chosen")

@@ -14,7 +14,7 @@ from modest_align_train.adapters import load_aligner
 from modest_align_train.devices import choose_device
 from modest_align_train.files import write_file, write_json
 from modest_align_train.latents import Latents, load_latents
-from modest_align_train.settings import read_settings
+from modest_align_train.settings import run_settings
 
 RECALL_AT = (1, 5, 10)
 BINS = 15
@@ -67,7 +67,7 @@ def evaluate(
         raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
     run = Path(run)
     aligner = load_aligner(run, choose_device(device))
-    data = load_latents(latents or read_settings(run / "settings.toml")["latents"]).subset(split)
+    data = load_latents(latents or run_settings(run).latents).subset(split)
     images, texts = aligner.embed_images(data.image), aligner.embed_texts(data.text)
     ranks = retrieval_ranks(images, texts, data)
     scale = float(aligner.scale)

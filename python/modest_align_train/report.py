@@ -31,8 +31,8 @@ from modest_align_train.adapters import load_aligner
 from modest_align_train.evaluate import BINS, RECALL_AT, best_ranks, evaluate, load_ranks, paired_difference
 from modest_align_train.files import write_file
 from modest_align_train.latents import Latents, load_latents, open_image
-from modest_align_train.search import all_captions, default_latents, nearest_captions, nearest_images
-from modest_align_train.settings import read_settings
+from modest_align_train.search import all_captions, nearest_captions, nearest_images
+from modest_align_train.settings import run_settings
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
@@ -141,7 +141,7 @@ def write_report(
     best = max(loaded, key=_mean_recall)
     examples, encoders, no_examples = None, None, None
     try:
-        store = load_latents(default_latents(best.path) if latents is None else latents)
+        store = load_latents(latents or run_settings(best.path).latents)
         encoders = (store.image_encoder, store.text_encoder)
         examples = _examples(best, store.subset(best.evaluation["split"]))
     except FileNotFoundError as reason:
@@ -209,7 +209,7 @@ def plot(title: str, xlabel: str, ylabel: str, *, height: float = 2.8) -> Axes:
 def _load_run(path: Path, name: str, latents: Path | str | None) -> _Run:
     if not path.is_dir():
         raise FileNotFoundError(f"run {path} does not exist")
-    settings = read_settings(path / "settings.toml")
+    settings = vars(run_settings(path))
     evaluation_path = path / "evaluation.json"
     if evaluation_path.is_file():
         evaluation = json.loads(evaluation_path.read_text(encoding="utf-8"))

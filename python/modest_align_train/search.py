@@ -15,7 +15,7 @@ from modest_align_train.adapters import load_aligner
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
 from modest_align_train.latents import Latents, load_latents, open_image
-from modest_align_train.settings import read_settings
+from modest_align_train.settings import run_settings
 from modest_align_train.sources import IMAGE_SUFFIXES
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
@@ -76,7 +76,7 @@ def search(
     if query.lower().endswith(IMAGE_SUFFIXES):
         image = _open_query(query)
     aligner = load_aligner(run)
-    store = load_latents(default_latents(run) if latents is None else latents)
+    store = load_latents(latents or run_settings(run).latents)
     if split is not None:
         store = store.subset(split)
     if image is not None:
@@ -98,11 +98,6 @@ def search(
     if output is not None:
         write_sheet(hits, query, Path(output))
     return hits
-
-
-def default_latents(run: Path | str) -> Path:
-    """Directory of the latents that a run was trained on."""
-    return read_settings(Path(run) / "settings.toml")["latents"]
 
 
 def nearest_images(query: Tensor, images: Tensor, top: int) -> tuple[list[float], list[int]]:

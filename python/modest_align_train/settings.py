@@ -1,139 +1,118 @@
-"""The settings of one training run: defaults, checks, TOML."""
+"""The settings of one training run: what each means, its default and bounds, and TOML."""
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-# Smallest and largest value of each bounded setting, both allowed.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup_steps": (0, math.inf),
-    "embedding_dim": (1, math.inf),
-    "blocks": (0, math.inf),
-    "expansion": (1, math.inf),
-    "dropout": (0, 1),
-    "noise_std": (0, math.inf),
-    "loss_noise_std": (0, math.inf),
-    "smoothing": (0, 1),
-    "scale": (sys.float_info.min, math.inf),
-    "max_scale": (sys.float_info.min, math.inf),
-    "fusemix_alpha": (0, math.inf),
-    "shuffled_captions": (0, 1),
-    "validate_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "log_every": (1, math.inf),
-}
+# What settings files of earlier versions say, and what it is called now.
+RENAMED = {"noise_std": "latent_noise_std"}
+
+_Path = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
+_Count = Annotated[int, Field(ge=1)]
+_CountFromZero = Annotated[int, Field(ge=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one training run.
+    """Settings of one training run; `checked` holds them to their types and bounds."""
 
-    Attributes:
-        latents: Directory that `extract` wrote.
-        output: Run directory to write; a run that was interrupted there goes on.
-        device: Where to train: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
-        seed: Seed of the weights, the batches and the noise.
-        steps: Optimiser steps; the learning rate's cosine ends there.
-        batch_size: Pairs in a step, one caption for each image.
-        learning_rate: Highest learning rate of AdamW.
-        weight_decay: AdamW's decay of the weight matrices (not of biases, norms and the scale).
-        warmup_steps: Steps in which the learning rate rises linearly.
-        embedding_dim: Features of the shared space.
-        blocks: Residual blocks of each adapter.
-        expansion: Hidden features of a block, in multiples of its width.
-        dropout: Share of a block's hidden features dropped in training.
-        noise_std: Random perturbation: standard deviation of the Gaussian noise that training adds to each
-            feature of the unit-norm latents, before the adapters.
-        loss_noise_std: The same on the adapters' outputs, inside the loss.
-        smoothing: Embedding smoothing: share of the target that goes to the negatives.
-        learn_scale: Learn the scale of the cosines; otherwise it stays as it is.
-        scale: Factor on the cosines at the start (1 / temperature).
-        max_scale: The learned scale is held at or below this.
-        fusemix_alpha: FuseMix: mix pairs of latents with a share ~ Beta(alpha, alpha); 0 is off.
-        shuffled_captions: Share of the training images whose captions are given to other ones: a study of
-            noisy pairs.
-        backend: Backend of the loss: "auto", "native", "triton" or "eager".
-        validate_every: Steps between two validations (the best checkpoint is chosen there).
-        checkpoint_every: Steps between two checkpoints to resume from.
-        log_every: Steps between two lines of the log.
-    """
+    # Strict: a bool is no int, and "3" no number; an int is as good as a float.
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, revalidate_instances="always")
 
-    latents: Path
-    output: Path
+    latents: _Path
+    """Directory that `extract` wrote."""
+    output: _Path
+    """Run directory to write; a run that was interrupted there goes on."""
     device: str = "auto"
-    seed: int = 0
-    steps: int = 300
-    batch_size: int = 512
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 20
-    embedding_dim: int = 512
-    blocks: int = 1
-    expansion: int = 2
-    dropout: float = 0.1
-    noise_std: float = 0.01
-    loss_noise_std: float = 0.0
-    smoothing: float = 0.1
+    """Where to train: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the weights, the batches and the noise."""
+    steps: _Count = 300
+    """Optimiser steps; the learning rate's cosine ends there."""
+    batch_size: _Count = 512
+    """Pairs in a step, one caption for each image."""
+    learning_rate: _NotNegative = 1e-3
+    """Highest learning rate of AdamW."""
+    weight_decay: _NotNegative = 0.1
+    """AdamW's decay of the weight matrices (not of biases, norms and the scale)."""
+    warmup_steps: _CountFromZero = 20
+    """Steps in which the learning rate rises linearly."""
+    embedding_dim: _Count = 512
+    """Features of the shared space."""
+    blocks: _CountFromZero = 1
+    """Residual blocks of each adapter."""
+    expansion: _Count = 2
+    """Hidden features of a block, in multiples of its width."""
+    dropout: _Share = 0.1
+    """Share of a block's hidden features dropped in training."""
+    latent_noise_std: _NotNegative = 0.01
+    """Random perturbation: standard deviation of the Gaussian noise that training adds to each feature of the
+    unit-norm latents, before the adapters."""
+    loss_noise_std: _NotNegative = 0.0
+    """The same on the adapters' outputs, inside the loss."""
+    smoothing: _Share = 0.1
+    """Embedding smoothing: share of the target that goes to the negatives."""
     learn_scale: bool = True
-    scale: float = 14.3
-    max_scale: float = 100.0
-    fusemix_alpha: float = 0.0
-    shuffled_captions: float = 0.0
+    """Learn the scale of the cosines; otherwise it stays as it is."""
+    scale: _Positive = 14.3
+    """Factor on the cosines at the start (1 / temperature)."""
+    max_scale: _Positive = 100.0
+    """The learned scale is held at or below this."""
+    fusemix_alpha: _NotNegative = 0.0
+    """FuseMix: mix pairs of latents with a share ~ Beta(alpha, alpha); 0 is off."""
+    shuffled_captions: _Share = 0.0
+    """Share of the training images whose captions are given to other ones: a study of noisy pairs."""
     backend: str = "auto"
-    validate_every: int = 25
-    checkpoint_every: int = 100
-    log_every: int = 10
+    """Backend of the loss: "auto", "native", "triton" or "eager"."""
+    validate_every: _Count = 25
+    """Steps between two validations (the best checkpoint is chosen there)."""
+    checkpoint_every: _Count = 100
+    """Steps between two checkpoints to resume from."""
+    log_every: _Count = 10
+    """Steps between two lines of the log."""
 
-    def check(self) -> None:
-        """Raise a TypeError or ValueError that names the first setting that cannot be used."""
-        for name, value in vars(self).items():
-            _check_type(name, value)
-            low, high = _BOUNDS.get(name, (-math.inf, math.inf))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-            if name in _BOUNDS and not low <= value <= high:
-                if low == sys.float_info.min:
-                    wanted = "above 0"
-                else:
-                    wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise ValueError(f"{name} must be {wanted}, got {value}")
-        if self.scale > self.max_scale and self.learn_scale:
-            raise ValueError(f"scale must be at most max_scale ({self.max_scale}), got {self.scale}")
+    def checked(self) -> Settings:
+        """Return the same settings, each of its own type: a str for a directory as a Path, an int as a float.
+
+        Raises:
+            ValueError: A setting is of the wrong type or out of range; the sentence names the first one.
+        """
+        checked = _of_right_types(self)
+        if checked.scale > checked.max_scale and checked.learn_scale:
+            raise ValueError(f"scale must be at most max_scale ({checked.max_scale}), got {checked.scale}")
+        return checked
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one line each."""
-        return tomli_w.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()})
+        return tomli_w.dumps(_SCHEMA.dump_python(self, mode="json"))
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
     """Read settings from a TOML file.
 
     Args:
-        path: The file; it need not have all settings, but no other keys.
+        path: The file; it need not have all settings, but no other keys. Earlier names are understood.
 
     Returns:
         Values by the names of `Settings`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not TOML, or has a key that is not a setting.
-        TypeError: A value is of another type than the setting.
+        ValueError: It is not TOML, has a key that is not a setting, or a value that its setting cannot have.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,28 +121,35 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
         raise ValueError(f"{path} is not TOML: {reason}") from None
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     names = [field.name for field in fields(Settings)]
-    for name, value in values.items():
+    for name in values:
         if name not in names:
             raise ValueError(f"{path} has the unknown setting {name!r}; known are {', '.join(names)}")
-        expected = _TYPES[name]
-        if expected is Path and isinstance(value, str):
-            values[name] = Path(value)
-        elif expected is float and type(value) is int:
-            values[name] = float(value)
-        try:
-            _check_type(name, values[name])
-        except TypeError as reason:
-            raise TypeError(f"{path}: {reason}") from None
-    return values
+    try:
+        checked = _of_right_types(Settings(**{"latents": "", "output": "", **values}))
+    except ValueError as reason:
+        raise ValueError(f"{path}: {reason}") from None
+    return {name: getattr(checked, name) for name in values}
 
 
-def _check_type(name: str, value: object) -> None:
-    expected = _TYPES[name]
-    # bool is an int to isinstance, and an int is as good as a float.
-    fine = type(value) in (int, float) if expected is float else isinstance(value, expected)
-    if not fine or (expected is int and isinstance(value, bool)):
-        raise TypeError(f"{name} must be of type {expected.__name__}, got {type(value).__name__} {value!r}")
+def run_settings(run: Path | str) -> Settings:
+    """Return the settings that a run was trained with, from its `settings.toml`.
+
+    Raises:
+        FileNotFoundError: It has none.
+        ValueError: They cannot be read; see `read_settings`.
+    """
+    return Settings(**read_settings(Path(run) / "settings.toml"))
 
 
-_TYPES: dict[str, type] = get_type_hints(Settings)
+_SCHEMA = TypeAdapter(Settings)
+
+
+def _of_right_types(settings: Settings) -> Settings:
+    try:
+        return _SCHEMA.validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wanted = "must be a path" if first["type"] == "path_type" else first["msg"].replace("Input should", "must")
+        raise ValueError(f"{first['loc'][0]} {wanted}, got {first['input']!r}") from None

@@ -26,7 +26,7 @@ from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import recalls, retrieval_ranks
 from modest_align_train.files import atomic_path, write_file
 from modest_align_train.latents import Latents, load_latents
-from modest_align_train.settings import Settings, read_settings
+from modest_align_train.settings import Settings, run_settings
 
 __all__ = ["Aligner", "load_aligner", "train"]
 
@@ -47,12 +47,11 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
         `best.pt` (the highest mean of R@1, R@5 and R@10, both ways, on the validation split).
 
     Raises:
-        TypeError: A setting is of the wrong type.
-        ValueError: A setting is out of range, or differs from those of the run to resume.
+        ValueError: A setting is of the wrong type, out of range, or differs from those of the run to resume.
         FileNotFoundError: There are no latents.
         FloatingPointError: The loss or a weight is no longer finite; the last good checkpoint is kept.
     """
-    settings.check()
+    settings = settings.checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
     run = settings.output
     device = choose_device(settings.device)
@@ -272,9 +271,9 @@ def training_step(
     """One optimiser step on a batch of unit-norm latents; its loss, detached."""
     if settings.fusemix_alpha:
         image, text = fuse(image, text, settings.fusemix_alpha)
-    if settings.noise_std:
-        image = image + settings.noise_std * torch.randn_like(image)
-        text = text + settings.noise_std * torch.randn_like(text)
+    if settings.latent_noise_std:
+        image = image + settings.latent_noise_std * torch.randn_like(image)
+        text = text + settings.latent_noise_std * torch.randn_like(text)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type == "cuda"):
         loss = aligner.loss(aligner.image_adapter(image), aligner.text_adapter(text), group_ids=group)
     loss.backward()
@@ -309,7 +308,7 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any]
     run = settings.output
     if not (run / "last.pt").is_file():
         return None
-    stored = Settings(**read_settings(run / "settings.toml"))
+    stored = run_settings(run)
     for field in fields(Settings):
         before, now = getattr(stored, field.name), getattr(settings, field.name)
         # A run directory may have been moved.
