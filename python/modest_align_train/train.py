@@ -53,121 +53,182 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
     """
     settings = settings.checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
-    run = settings.output
     device = choose_device(settings.device)
     checkpoint = _load_checkpoint(settings, device)
     if checkpoint and checkpoint["step"] == settings.steps:
         if progress:
-            print(f"{run} is finished: all its {settings.steps} steps are done")
-        return run
+            print(f"{settings.output} is finished: all its {settings.steps} steps are done")
+        return settings.output
     latents = load_latents(settings.latents)
-    validation = None
-    if any(record.split == "validation" for record in latents.records):
-        validation = latents.subset("validation").to(device)
-    else:
-        warnings.warn(
-            f"{settings.latents} has no validation split: the last checkpoint is taken for the best",
-            stacklevel=2,
-        )
-    run.mkdir(parents=True, exist_ok=True)
+    settings.output.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
-        write_file(run / "settings.toml", settings.to_toml())
+        write_file(settings.output / "settings.toml", settings.to_toml())
     if progress:
         print(settings.to_toml())
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        batches = Batches(latents.subset("train"), settings, device)
-        aligner = Aligner(latents.image.shape[1], latents.text.shape[1], settings).to(device)
-        parameters = [p for p in aligner.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
+        run = Run(settings, latents, device)
+        if checkpoint:
+            run.load_state_dict(checkpoint)
+        with (
+            _open_log(settings.output / "log.jsonl", run.log_bytes) as run.log_file,
+            SummaryWriter(settings.output / "tensorboard", purge_step=run.step + 1) as run.board,
+            tqdm(total=settings.steps, initial=run.step, desc=settings.output.name, disable=not progress) as bar,
+            _ctrl_c() as interrupted,
+        ):
+            stop = False
+            while not stop:
+                run.step += 1
+                for group in run.optimizer.param_groups:
+                    group["lr"] = learning_rate(run.step, settings)
+                run.losses.append(training_step(run.aligner, run.optimizer, *run.batches.draw(), settings))
+                last = run.step == settings.steps
+                stop = last or interrupted.is_set()
+
+                if last or run.step % settings.log_every == 0:
+                    run.log()
+                if run.validation and (last or run.step % settings.validate_every == 0):
+                    run.validate()
+                if stop or run.step % settings.checkpoint_every == 0:
+                    run.checkpoint()
+                bar.set_postfix(run.shown, refresh=False)
+                bar.update()
+    if not last:
+        raise KeyboardInterrupt(
+            f"stopped after step {run.step} of {settings.steps}: the same command goes on from there"
+        )
+    return settings.output
+
+
+class Run:
+    """A training run: its model, optimizer, batches, random state and place in its log.
+
+    Args:
+        settings: With absolute directories.
+        latents: Of all splits.
+        device: Where to train.
+
+    Attributes:
+        step: Steps done.
+        best: Highest validation score so far, in percent.
+        losses: Losses since the last line of the log, 0-dim; on the device, so that no step waits.
+        shown: What a progress bar may show.
+    """
+
+    def __init__(self, settings: Settings, latents: Latents, device: torch.device) -> None:
+        self.settings, self.directory, self.device = settings, settings.output, device
+        self.batches = Batches(latents.subset("train"), settings, device)
+        self.validation: Latents | None = None
+        if any(record.split == "validation" for record in latents.records):
+            self.validation = latents.subset("validation").to(device)
+        else:
+            warnings.warn(
+                f"{settings.latents} has no validation split: the last checkpoint is taken for the best", stacklevel=3
+            )
+        self.aligner = Aligner(latents.image.shape[1], latents.text.shape[1], settings).to(device).train()
+        self.parameters = [p for p in self.aligner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
             ],
             lr=settings.learning_rate,
             fused=True,
         )
-        step, best, seconds = 0, -1.0, 0.0
-        losses: list[Tensor] = []  # since the last line of the log; on the device, so that no step waits
-        if checkpoint:
-            aligner.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            batches.load_state_dict(checkpoint["batches"])
-            step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
-            losses = list(checkpoint["losses"].to(device))
-            _set_rng(checkpoint["rng"], device)
-        start = time.perf_counter() - seconds
+        self.step, self.best, self.log_bytes = 0, -1.0, 0
+        self.losses: list[Tensor] = []
+        self.shown: dict[str, str] = {}
+        self.start = time.perf_counter()
 
-        with (
-            _open_log(run / "log.jsonl", checkpoint["log_bytes"] if checkpoint else 0) as log,
-            SummaryWriter(run / "tensorboard", purge_step=step + 1) as board,
-            tqdm(total=settings.steps, initial=step, desc=run.name, disable=not progress) as bar,
-            _ctrl_c() as interrupted,
-        ):
-            shown: dict[str, str] = {}
-            aligner.train()
-            while step < settings.steps:
-                step += 1
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, settings)
-                losses.append(training_step(aligner, optimizer, *batches.draw(), settings))
-                bar.update()
-                stop = step == settings.steps or interrupted.is_set()
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "seconds": time.perf_counter() - self.start,
+            "losses": torch.tensor(self._finite_losses()),
+            "log_bytes": self.log_file.tell(),
+            "model": self.aligner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "rng": _get_rng(self.device),
+        }
 
-                if step % settings.log_every == 0 or step == settings.steps:
-                    line = {
-                        "loss": math.fsum(_finite(losses, step, run)) / len(losses),
-                        "learning_rate": learning_rate(step, settings),
-                        "scale": float(aligner.scale),
-                        "seconds": time.perf_counter() - start,
-                    }
-                    losses.clear()
-                    log.write(json.dumps({"step": step, **line}) + "\n")
-                    log.flush()
-                    for name in ("loss", "learning_rate", "scale"):
-                        board.add_scalar(name, line[name], step)
-                    shown["loss"] = f"{line['loss']:.3f}"
-                    bar.set_postfix(shown)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; the global random state too."""
+        self.step, self.best, self.log_bytes = state["step"], state["best"], state["log_bytes"]
+        self.start = time.perf_counter() - state["seconds"]
+        self.losses = list(state["losses"].to(self.device))
+        self.aligner.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+        _set_rng(state["rng"], self.device)
 
-                if validation and (step % settings.validate_every == 0 or step == settings.steps):
-                    found = _validate(aligner, validation)
-                    score = sum(found["mean"].values()) / len(found["mean"])
-                    log.write(json.dumps({"step": step, "validation": found}) + "\n")
-                    log.flush()
-                    for direction, values in found.items():
-                        for name, value in values.items():
-                            board.add_scalar(f"validation/{direction}/{name}", value, step)
-                    shown["R@1"] = f"{found['mean']['R@1']:.1f}"
-                    bar.set_postfix(shown)
-                    if score > best:
-                        best = score
-                        _save_best(run, aligner, latents, step)
+    def log(self) -> None:
+        """Write the mean loss since the last line, the learning rate, the scale and the seconds so far."""
+        line = {
+            "loss": math.fsum(self._finite_losses()) / len(self.losses),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "scale": float(self.aligner.scale),
+            "seconds": time.perf_counter() - self.start,
+        }
+        self.losses.clear()
+        self._write_line(line)
+        for name in ("loss", "learning_rate", "scale"):
+            self.board.add_scalar(name, line[name], self.step)
+        self.shown["loss"] = f"{line['loss']:.3f}"
 
-                if step % settings.checkpoint_every == 0 or stop:
-                    pending = torch.tensor(_finite(losses, step, run))
-                    if not all(p.isfinite().all() for p in parameters):
-                        raise FloatingPointError(_not_finite("a weight", step, run))
-                    os.fsync(log.fileno())
-                    state = {
-                        "step": step,
-                        "best": best,
-                        "seconds": time.perf_counter() - start,
-                        "losses": pending,
-                        "log_bytes": log.tell(),
-                        "model": aligner.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "batches": batches.state_dict(),
-                        "rng": _get_rng(device),
-                    }
-                    if step == settings.steps and not validation:
-                        _save_best(run, aligner, latents, step)
-                    _save(state, run / "last.pt")
-                if stop:
-                    break
-    if step < settings.steps:
-        raise KeyboardInterrupt(f"stopped after step {step} of {settings.steps}: the same command goes on from there")
-    return run
+    def validate(self) -> None:
+        """Write recalls on the validation split, and `best.pt` if their mean is the highest so far."""
+        images = self.aligner.embed_images(self.validation.image)
+        texts = self.aligner.embed_texts(self.validation.text)
+        found = recalls(retrieval_ranks(images, texts, self.validation))
+        self._write_line({"validation": found})
+        for direction, values in found.items():
+            for name, value in values.items():
+                self.board.add_scalar(f"validation/{direction}/{name}", value, self.step)
+        self.shown["R@1"] = f"{found['mean']['R@1']:.1f}"
+        score = sum(found["mean"].values()) / len(found["mean"])
+        if score > self.best:
+            self.best = score
+            self._save_best()
+
+    def checkpoint(self) -> None:
+        """Write `last.pt`, unless a loss or a weight is not finite."""
+        state = self.state_dict()
+        if not all(p.isfinite().all() for p in self.parameters):
+            raise FloatingPointError(self._not_finite("a weight", self.step))
+        os.fsync(self.log_file.fileno())
+        if self.step == self.settings.steps and not self.validation:
+            self._save_best()
+        _save(state, self.directory / "last.pt")
+
+    def _save_best(self) -> None:
+        state = {
+            "step": self.step,
+            "image_dim": self.aligner.image_adapter.features,
+            "text_dim": self.aligner.text_adapter.features,
+            "model": self.aligner.state_dict(),
+        }
+        _save(state, self.directory / "best.pt")
+
+    def _write_line(self, content: dict[str, Any]) -> None:
+        self.log_file.write(json.dumps({"step": self.step, **content}) + "\n")
+        self.log_file.flush()
+
+    def _finite_losses(self) -> list[float]:
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            if not math.isfinite(value):
+                raise FloatingPointError(self._not_finite("the loss", step))
+        return values
+
+    def _not_finite(self, what: str, step: int) -> str:
+        kept = "its last checkpoint is kept" if (self.directory / "last.pt").is_file() else "it had no checkpoint yet"
+        return (
+            f"{what} is not finite at step {step} of {self.directory} ({kept}): try a lower learning_rate or max_scale"
+        )
 
 
 class Batches:
@@ -285,24 +346,6 @@ def training_step(
     return loss.detach()
 
 
-def _validate(aligner: Aligner, latents: Latents) -> dict[str, dict[str, float]]:
-    images, texts = aligner.embed_images(latents.image), aligner.embed_texts(latents.text)
-    return recalls(retrieval_ranks(images, texts, latents))
-
-
-def _finite(losses: list[Tensor], step: int, run: Path) -> list[float]:
-    values = torch.stack(losses).tolist() if losses else []
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise FloatingPointError(_not_finite("the loss", step - len(values) + 1 + i, run))
-    return values
-
-
-def _not_finite(what: str, step: int, run: Path) -> str:
-    kept = "its last checkpoint is kept" if (run / "last.pt").is_file() else "it had no checkpoint yet"
-    return f"{what} is not finite at step {step} of {run} ({kept}): try a lower learning_rate or max_scale"
-
-
 def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any] | None:
     """Load the run's `last.pt`, if there is one, once its settings are seen to be the same."""
     run = settings.output
@@ -318,18 +361,6 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any]
                 f"take the stored value to go on with it, or another output"
             )
     return torch.load(run / "last.pt", map_location=device, weights_only=True)
-
-
-def _save_best(run: Path, aligner: Aligner, latents: Latents, step: int) -> None:
-    _save(
-        {
-            "step": step,
-            "image_dim": latents.image.shape[1],
-            "text_dim": latents.text.shape[1],
-            "model": aligner.state_dict(),
-        },
-        run / "best.pt",
-    )
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
