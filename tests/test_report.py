@@ -14,10 +14,13 @@ from matplotlib.figure import Figure
 from test_search import write_pairs
 from train_data import write_store
 
+from modest_align_train import examples as examples_module
 from modest_align_train import report as report_module
 from modest_align_train.evaluate import evaluate
+from modest_align_train.figures import plot, recall_figure
 from modest_align_train.latents import load_latents
-from modest_align_train.report import Section, plot, write_report
+from modest_align_train.report import Section, write_report
+from modest_align_train.runs import load_run
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 
@@ -49,7 +52,7 @@ def root(trained, tmp_path):
     """A copy that a test may damage; its settings still point to the shared latents."""
     for name in ("plain", "noisy", "latents"):
         shutil.copytree(trained / name, tmp_path / name)
-    report_module._thumbnail.cache_clear()
+    examples_module.thumbnail.cache_clear()
     return tmp_path
 
 
@@ -75,8 +78,8 @@ def test_page_shows_the_numbers_of_the_evaluation(root):
 
 
 def test_recall_figure_draws_values_and_intervals(root):
-    run = report_module._load_run(root / "plain", "plain", None)
-    drawn = [list(line.get_xdata()) for line in report_module._recall_figure([run], "text_to_image").axes[0].lines]
+    run = load_run(root / "plain")
+    drawn = [list(line.get_xdata()) for line in recall_figure([run], "text_to_image").axes[0].lines]
     expected = [run.evaluation["text_to_image"][name] for name in ("R@1", "R@5", "R@10")]
     assert drawn[0::2] == [[one["low"], one["high"]] for one in expected]
     assert drawn[1::2] == [[one["value"]] for one in expected]
@@ -120,9 +123,7 @@ def test_runs_of_equal_folder_names_get_their_parents(root):
 
 
 def test_examples_follow_their_rule(root):
-    run = report_module._load_run(root / "plain", "plain", None)
-    latents = load_latents(root / "latents").subset("test")
-    examples = report_module._examples(run, latents)
+    examples = examples_module.find_examples(root / "plain", load_latents(root / "latents").subset("test"))
     for kinds in examples.values():
         assert len(kinds["hits"]) <= 4
         assert len(kinds["misses"]) <= 4
@@ -138,9 +139,9 @@ def test_examples_follow_their_rule(root):
 def test_one_image_of_each_group_in_the_order_of_the_hash(root):
     latents = load_latents(root / "latents")
     paired = replace(latents, group=torch.arange(60) // 2)
-    rows = report_module._one_of_each_group(paired)
+    rows = examples_module._one_of_each_group(paired)
     assert sorted(row // 2 for row in rows) == list(range(30))
-    everything = report_module._one_of_each_group(latents)
+    everything = examples_module._one_of_each_group(latents)
     assert rows == [row for row in everything if everything.index(row) < everything.index(row ^ 1)]
 
 
@@ -213,7 +214,7 @@ def test_half_a_line_at_the_end_of_the_log_is_left_out(root):
 
 def test_a_failed_page_leaves_the_old_one(root, monkeypatch):
     (root / "page.html").write_text("old")
-    monkeypatch.setattr(report_module, "_examples", lambda *_: 1 / 0)
+    monkeypatch.setattr(report_module, "find_examples", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         page_of([root / "plain"], root)
     assert (root / "page.html").read_text() == "old"

@@ -7,7 +7,6 @@ captions shuffled.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import tarfile
@@ -22,10 +21,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from modest_align_train.evaluate import RECALL_AT, evaluate, load_ranks, mean_recall, paired_difference
+from modest_align_train.evaluate import (
+    RECALL_AT,
+    evaluate,
+    load_ranks,
+    mean_recall,
+    paired_difference,
+    validation_score,
+)
 from modest_align_train.extract import extract
+from modest_align_train.figures import plot
 from modest_align_train.files import atomic_path, write_file, write_json
-from modest_align_train.report import Section, plot, write_report
+from modest_align_train.report import Section, write_report
+from modest_align_train.runs import load_run
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 
@@ -172,10 +180,8 @@ def _train_and_evaluate(settings: Settings) -> Path:
 
 def _best_validation(run: Path) -> dict[str, float]:
     """Recalls of the best validation in a run's log, and their mean, in percent."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [line["validation"]["mean"] for line in lines if "validation" in line]
-    best = max(found, key=lambda recalls: sum(recalls.values()))
-    return {**best, "mean_recall": sum(best.values()) / len(best)}
+    best = max(load_run(run).validations.values(), key=validation_score)
+    return {**best["mean"], "mean_recall": validation_score(best)}
 
 
 def _baseline(kind: Kind) -> Kind:
@@ -186,7 +192,7 @@ def _baseline(kind: Kind) -> Kind:
 def _row(kind: Kind, runs: Sequence[Path], baseline: Sequence[Path]) -> dict[str, Any]:
     """Means over the seeds, with 95% intervals of a bootstrap over the test groups."""
     ranks, base = [load_ranks(run) for run in runs], [load_ranks(run) for run in baseline]
-    evaluations = [json.loads((run / "evaluation.json").read_text(encoding="utf-8")) for run in runs]
+    evaluations = [load_run(run).evaluation for run in runs]
     calibration = [evaluation["calibration"]["mean"] for evaluation in evaluations]
     row: dict[str, Any] = asdict(kind)
     for k in RECALL_AT:

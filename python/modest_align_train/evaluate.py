@@ -17,6 +17,7 @@ from modest_align_train.latents import Latents, load_latents
 from modest_align_train.settings import run_settings
 
 RECALL_AT = (1, 5, 10)
+RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
 BINS = 15
 
 # Similarities held at once: 256 MiB in fp32. Rows of queries are taken so that all candidates fit.
@@ -137,8 +138,13 @@ def recalls(ranks: Ranks) -> dict[str, dict[str, float]]:
     found = {}
     for name, key in (("image_to_text", "image_rank"), ("text_to_image", "text_rank")):
         found[name] = {f"R@{k}": 100 * (ranks[key] <= k).double().mean().item() for k in RECALL_AT}
-    found["mean"] = {r: (found["image_to_text"][r] + found["text_to_image"][r]) / 2 for r in found["image_to_text"]}
+    found["mean"] = {r: (found["image_to_text"][r] + found["text_to_image"][r]) / 2 for r in RECALLS}
     return found
+
+
+def validation_score(found: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean of what `recalls` found over k and both directions, in percent: what the best checkpoint is chosen by."""
+    return sum(found["mean"].values()) / len(found["mean"])
 
 
 def load_ranks(run: Path | str) -> dict[str, Tensor]:
@@ -164,7 +170,7 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
         found = {**result[name], "ece": result["calibration"][name]["ece"]}
         cells = [
             f"{found[key]['value']:.1f} ({found[key]['low']:.1f}-{found[key]['high']:.1f})" if key in found else ""
-            for key in ("R@1", "R@5", "R@10", "ece", "median_rank")
+            for key in (*RECALLS, "ece", "median_rank")
         ]
         lines.append((f"{name.replace('_', ' '):<15}" + "".join(f"{cell:>21}" for cell in cells)).rstrip())
     return "\n".join(lines)
@@ -234,7 +240,6 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
         ("image_to_text", "image_rank", "image_group"),
         ("text_to_image", "text_rank", "caption_group"),
     )
-    names = [f"R@{k}" for k in RECALL_AT]
 
     def statistics(weights: Tensor) -> Tensor:
         recall, median = [], []
@@ -245,12 +250,12 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
         return torch.cat([recall[0], median[0], recall[1], median[1], (recall[0] + recall[1]) / 2], dim=1)
 
     found = _intervals(statistics, ranks["caption_group"], bootstrap)
-    each = len(names) + 1
+    each = len(RECALLS) + 1
     result = {
-        direction: dict(zip([*names, "median_rank"], found[i * each : (i + 1) * each], strict=True))
+        direction: dict(zip([*RECALLS, "median_rank"], found[i * each : (i + 1) * each], strict=True))
         for i, (direction, _, _) in enumerate(directions)
     }
-    return {**result, "mean": dict(zip(names, found[2 * each :], strict=True))}
+    return {**result, "mean": dict(zip(RECALLS, found[2 * each :], strict=True))}
 
 
 def _one_pair_a_group(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,11 @@ class Latents:
     image_encoder: str
     text_encoder: str
 
+    @property
+    def captions(self) -> list[str]:
+        """Every caption, in the order of the rows of ``text``."""
+        return [caption for record in self.records for caption in record.captions]
+
     def subset(self, split: str) -> Latents:
         """Return the images of one split and their captions, with ``caption_image`` and ``group`` renumbered.
 

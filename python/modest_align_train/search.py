@@ -14,7 +14,7 @@ from torch import Tensor
 from modest_align_train.adapters import load_aligner
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
-from modest_align_train.latents import Latents, load_latents, open_image
+from modest_align_train.latents import load_latents, open_image
 from modest_align_train.settings import run_settings
 from modest_align_train.sources import IMAGE_SUFFIXES
 
@@ -81,7 +81,7 @@ def search(
         store = store.subset(split)
     if image is not None:
         encoded = load_image_encoder(store.image_encoder)([image])
-        captions = all_captions(store)
+        captions = store.captions
         scores, rows = nearest_captions(
             aligner.embed_images(encoded)[0], aligner.embed_texts(store.text), captions, top
         )
@@ -126,11 +126,6 @@ def nearest_captions(query: Tensor, texts: Tensor, captions: Sequence[str], top:
             found = list(best.values())[:top]
             return [score for score, _ in found], [row for _, row in found]
         looked_at = min(4 * looked_at, len(captions))
-
-
-def all_captions(latents: Latents) -> list[str]:
-    """Every caption, in the order of `latents.text`."""
-    return [caption for record in latents.records for caption in record.captions]
 
 
 def format_hits(hits: Sequence[Hit], width: int = 100) -> str:

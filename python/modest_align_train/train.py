@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.devices import choose_device
-from modest_align_train.evaluate import recalls, retrieval_ranks
+from modest_align_train.evaluate import recalls, retrieval_ranks, validation_score
 from modest_align_train.files import atomic_path, write_file
 from modest_align_train.latents import Latents, load_latents
 from modest_align_train.settings import Settings, run_settings
@@ -189,9 +189,8 @@ class Run:
             for name, value in values.items():
                 self.board.add_scalar(f"validation/{direction}/{name}", value, self.step)
         self.shown["R@1"] = f"{found['mean']['R@1']:.1f}"
-        score = sum(found["mean"].values()) / len(found["mean"])
-        if score > self.best:
-            self.best = score
+        if validation_score(found) > self.best:
+            self.best = validation_score(found)
             self._save_best()
 
     def checkpoint(self) -> None:
