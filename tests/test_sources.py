@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
-import tarfile
 from collections import Counter
 
 import pytest
+from train_data import write_tar
 
 from modest_align_train.sources import fingerprint, hash_split, read_source
 
@@ -22,16 +21,6 @@ def write_csv(path, rows, delimiter=",", encoding="utf-8"):
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     return path
 
 

@@ -31,15 +31,28 @@ def read_log(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["model"]
+def checkpoint(run: Path, name: str = "last") -> dict:
+    return torch.load(run / f"{name}.pt", weights_only=True)
+
+
+def change_step(monkeypatch, number: int, change) -> list[int]:
+    """Let `change(aligner, loss)` give the loss of that call of training_step; returns a list with an item a call."""
+    real_step, calls = module.training_step, []
+
+    def step(aligner, *args):
+        calls.append(1)
+        loss = real_step(aligner, *args)
+        return change(aligner, loss) if len(calls) == number else loss
+
+    monkeypatch.setattr(module, "training_step", step)
+    return calls
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert read_log(a) == read_log(b)
-    for name, value in weights(a).items():
-        assert torch.equal(value, weights(b)[name]), name
-    assert torch.load(a / "best.pt", weights_only=True)["step"] == torch.load(b / "best.pt", weights_only=True)["step"]
+    for name, value in checkpoint(a)["model"].items():
+        assert torch.equal(value, checkpoint(b)["model"][name]), name
+    assert checkpoint(a, "best")["step"] == checkpoint(b, "best")["step"]
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path, capsys):
@@ -53,9 +66,8 @@ def test_a_run_learns_and_leaves_everything(tmp_path, capsys):
     assert losses[-1] < 0.7 * losses[0]
     validations = {line["step"]: line["validation"]["mean"] for line in log if "validation" in line}
     assert list(validations) == list(range(10, 201, 10))
-    best = torch.load(run / "best.pt", weights_only=True)
     scores = {step: sum(mean.values()) for step, mean in validations.items()}
-    assert best["step"] == max(scores, key=scores.get)
+    assert checkpoint(run, "best")["step"] == max(scores, key=scores.get)
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     scalars = board.Scalars("loss")
     assert [event.step for event in scalars] == list(range(5, 201, 5))
@@ -111,7 +123,7 @@ def test_killed_and_resumed_is_the_same_as_never_killed(tmp_path):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 100 <= torch.load(settings.output / "last.pt", weights_only=True)["step"] < 400
+    assert 100 <= checkpoint(settings.output)["step"] < 400
     assert read_log(settings.output)[-1]["step"] < 400
     assert_same_run(train(settings, progress=False), whole)
 
@@ -127,20 +139,17 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(tmp_path, monkeypatch):
     settings = small_settings(tmp_path)
     whole = train(replace(settings, output=tmp_path / "whole"), progress=False)
-    real_step, calls = module.training_step, []
 
-    def step(*args):
-        calls.append(1)
-        if len(calls) == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real_step(*args)
+    def interrupt(_, loss):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss
 
-    monkeypatch.setattr(module, "training_step", step)
+    calls = change_step(monkeypatch, 13, interrupt)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 13 of 40: the same command goes on from there"):
         train(settings, progress=False)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert torch.load(settings.output / "last.pt", weights_only=True)["step"] == 13
+    assert checkpoint(settings.output)["step"] == 13
     assert_same_run(train(settings, progress=False), whole)
     assert len(calls) == 40
 
@@ -178,30 +187,20 @@ def test_a_run_whose_settings_have_their_earlier_names_goes_on(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     settings = small_settings(tmp_path)
-    real_step, calls = module.training_step, []
-
-    def step(*args):
-        calls.append(1)
-        return real_step(*args) * (math.nan if len(calls) == 27 else 1)
-
-    monkeypatch.setattr(module, "training_step", step)
+    change_step(monkeypatch, 27, lambda _, loss: loss * math.nan)
     with pytest.raises(FloatingPointError, match=r"the loss is not finite at step 27 of .*its last checkpoint is kept"):
         train(settings, progress=False)
-    assert torch.load(settings.output / "last.pt", weights_only=True)["step"] == 20
+    assert checkpoint(settings.output)["step"] == 20
 
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatch):
     settings = small_settings(tmp_path, checkpoint_every=7, log_every=40)
-    real_step, calls = module.training_step, []
 
-    def step(aligner, *args):
-        calls.append(1)
-        loss = real_step(aligner, *args)
-        if len(calls) == 7:
-            aligner.image_adapter[1].weight.data[0, 0] = math.inf
+    def spoil(aligner, loss):
+        aligner.image_adapter[1].weight.data[0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(module, "training_step", step)
+    change_step(monkeypatch, 7, spoil)
     with pytest.raises(FloatingPointError, match=r"a weight is not finite at step 7 of .*no checkpoint yet"):
         train(settings, progress=False)
     assert not (settings.output / "last.pt").exists()
@@ -212,13 +211,13 @@ def test_without_a_validation_split_the_last_is_the_best(tmp_path):
     settings = small_settings(tmp_path, latents=latents)
     with pytest.warns(UserWarning, match="has no validation split: the last checkpoint is taken for the best"):
         run = train(settings, progress=False)
-    best = torch.load(run / "best.pt", weights_only=True)
+    best = checkpoint(run, "best")
     assert best["step"] == 40
-    for name, value in weights(run).items():
+    for name, value in checkpoint(run)["model"].items():
         assert torch.equal(value, best["model"][name])
 
 
-def test_the_test_split_is_never_touched(tmp_path):
+def test_the_test_split_is_never_touched(tmp_path, monkeypatch):
     with_test = train(small_settings(tmp_path), progress=False)
     latents = tmp_path / "latents"
     rows = [i for i, record in enumerate(load_latents(latents).records) if record.split == "test"]
@@ -230,12 +229,8 @@ def test_the_test_split_is_never_touched(tmp_path):
         data.text[torch.isin(data.caption_image, torch.tensor(rows))] = math.nan
         return data
 
-    module.load_latents = load_poisoned
-    try:
-        poisoned = train(small_settings(tmp_path, output=tmp_path / "poisoned"), progress=False)
-    finally:
-        module.load_latents = real_load
-    assert_same_run(with_test, poisoned)
+    monkeypatch.setattr(module, "load_latents", load_poisoned)
+    assert_same_run(with_test, train(small_settings(tmp_path, output=tmp_path / "poisoned"), progress=False))
 
 
 def test_the_learned_scale_stays_below_its_maximum(tmp_path):

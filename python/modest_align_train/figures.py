@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from modest_align_train.evaluate import BINS, RECALLS, validation_score
 from modest_align_train.runs import TrainedRun
 
-DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+DIRECTION_LABELS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 # Middle tones, legible on white and on near-black.
 COLOURS = ("#3a7fc1", "#e0812a", "#2f9c72", "#9a68c4", "#d4525f", "#18a0b0", "#a3784c", "#c96aa5")
@@ -77,7 +77,7 @@ def plot(title: str, xlabel: str, ylabel: str, *, height: float = 2.8) -> Axes:
 def recall_figure(runs: Sequence[TrainedRun], direction: str) -> Figure:
     """Recall at each k with its interval, a row a run."""
     axes = plot(
-        f"Recall, {DIRECTIONS[direction]}",
+        f"Recall, {DIRECTION_LABELS[direction]}",
         "queries with a right answer among the first k, %",
         "",
         height=1.3 + 0.42 * len(runs),
@@ -146,9 +146,9 @@ def reliability_figure(run: TrainedRun) -> Figure:
     upper.plot([0, 100], [0, 100], color=_INK, lw=1, ls="--")
     upper.text(98, 3, "overconfident", ha="right", va="bottom", fontsize=8)
     upper.text(2, 97, "underconfident", ha="left", va="top", fontsize=8)
-    most = max(one["count"] for direction in DIRECTIONS for one in calibration[direction]["bins"])
+    most = max(one["count"] for direction in DIRECTION_LABELS for one in calibration[direction]["bins"])
     width = 100 / BINS
-    for i, (direction, label) in enumerate(DIRECTIONS.items()):
+    for i, (direction, label) in enumerate(DIRECTION_LABELS.items()):
         bins = calibration[direction]["bins"]
         confidence, accuracy, count = ([one[n] for one in bins] for n in ("confidence", "accuracy", "count"))
         # Small where few queries are: their accuracy says little.

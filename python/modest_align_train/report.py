@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from modest_align_train.evaluate import RECALLS, load_ranks, paired_difference
 from modest_align_train.examples import EXAMINED, EXAMPLES, FOUND_CAPTIONS, FOUND_IMAGES, find_examples, thumbnail
-from modest_align_train.figures import DIRECTIONS, curves, legend, recall_figure, reliability_figure, to_svg
+from modest_align_train.figures import DIRECTION_LABELS, curves, legend, recall_figure, reliability_figure, to_svg
 from modest_align_train.files import write_file
 from modest_align_train.latents import load_latents
 from modest_align_train.runs import TrainedRun, load_run
@@ -98,7 +98,7 @@ def write_report(
         table_is_ours=table is None,
         evaluation=best.evaluation,
         differences=_differences(loaded),
-        recall_figures=[to_svg(recall_figure(loaded, direction), direction) for direction in DIRECTIONS],
+        recall_figures=[to_svg(recall_figure(loaded, direction), direction) for direction in DIRECTION_LABELS],
         legend=legend(loaded),
         curves=[to_svg(axes.figure, f"curve {i}") for i, axes in enumerate(curves(loaded))],
         losses_differ=len({(run.settings.smoothing, run.settings.batch_size) for run in loaded}) > 1,
@@ -158,11 +158,11 @@ def _summary(runs: Sequence[TrainedRun], best: TrainedRun, encoders: tuple[str, 
 
 def _recall_table(runs: Sequence[TrainedRun]) -> list[list[str]]:
     header = ["run"]
-    header += [f"{label}\n{name}" for label in DIRECTIONS.values() for name in (*RECALLS, "median rank")]
+    header += [f"{label}\n{name}" for label in DIRECTION_LABELS.values() for name in (*RECALLS, "median rank")]
     rows = [[*header, "mean\nECE"]]
     for run in runs:
         row = [run.name]
-        for direction in DIRECTIONS:
+        for direction in DIRECTION_LABELS:
             found = run.evaluation[direction]
             row += [f"{found[name]['value']:.1f}\n{_interval(found[name])}" for name in RECALLS]
             row.append(f"{found['median_rank']['value']:.0f}\n{_interval(found['median_rank'], 0)}")
