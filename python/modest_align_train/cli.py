@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,9 +205,6 @@ def report(
 
 def _config_file(args: Sequence[str]) -> str | None:
     """Value of --config: its settings are the defaults that the other words are parsed with."""
-    for word, following in zip(args, [*args[1:], None], strict=True):
-        if word == "--config":
-            return following
-        if word.startswith("--config="):
-            return word.partition("=")[2]
-    return None
+    parser = argparse.ArgumentParser("modest-align train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(args)[0].config

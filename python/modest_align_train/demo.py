@@ -21,19 +21,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from modest_align_train.evaluate import (
-    RECALL_AT,
-    evaluate,
-    load_ranks,
-    mean_recall,
-    paired_difference,
-    validation_score,
-)
+from modest_align_train.evaluate import RECALL_AT, load_ranks, mean_recall, paired_difference, validation_score
 from modest_align_train.extract import extract
 from modest_align_train.figures import plot
 from modest_align_train.files import atomic_path, write_file, write_json
 from modest_align_train.report import Section, write_report
-from modest_align_train.runs import load_run
+from modest_align_train.runs import TrainedRun, load_run
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 
@@ -147,7 +140,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     write_json(output / "results.json", results)
     write_file(output / "table.md", markdown + "\n")
     report = write_report(
-        [runs[kind][0] for kind in KINDS],
+        [runs[kind][0].path for kind in KINDS],
         output / "report.html",
         title="Modest-Align on drawings and their captions",
         sections=[_method_section(seeds), _sweep_section(sweep, latent_noise_std)],
@@ -157,7 +150,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     return report
 
 
-def _train_all(runs: Sequence[Settings], what: str) -> list[Path]:
+def _train_all(runs: Sequence[Settings], what: str) -> list[TrainedRun]:
     """Train and evaluate runs, or find them trained, one on each core at a time; a GPU takes one after the other.
 
     Two runs of one thread each finish sooner than two of two threads in turn, and much sooner where something else
@@ -171,16 +164,13 @@ def _train_all(runs: Sequence[Settings], what: str) -> list[Path]:
         return list(tqdm(pool.map(_train_and_evaluate, runs), total=len(runs), desc=what))
 
 
-def _train_and_evaluate(settings: Settings) -> Path:
-    run = train(settings, progress=False)
-    if not (run / "evaluation.json").is_file():
-        evaluate(run)
-    return run
+def _train_and_evaluate(settings: Settings) -> TrainedRun:
+    return load_run(train(settings, progress=False))
 
 
-def _best_validation(run: Path) -> dict[str, float]:
-    """Recalls of the best validation in a run's log, and their mean, in percent."""
-    best = max(load_run(run).validations.values(), key=validation_score)
+def _best_validation(run: TrainedRun) -> dict[str, float]:
+    """Recalls of a run's best validation, and their mean, in percent."""
+    best = max(run.validations.values(), key=validation_score)
     return {**best["mean"], "mean_recall": validation_score(best)}
 
 
@@ -189,18 +179,17 @@ def _baseline(kind: Kind) -> Kind:
     return next(k for k in KINDS if k.loss == "InfoNCE" and (k.fixed, k.shuffled) == (kind.fixed, kind.shuffled))
 
 
-def _row(kind: Kind, runs: Sequence[Path], baseline: Sequence[Path]) -> dict[str, Any]:
+def _row(kind: Kind, runs: Sequence[TrainedRun], baseline: Sequence[TrainedRun]) -> dict[str, Any]:
     """Means over the seeds, with 95% intervals of a bootstrap over the test groups."""
-    ranks, base = [load_ranks(run) for run in runs], [load_ranks(run) for run in baseline]
-    evaluations = [load_run(run).evaluation for run in runs]
-    calibration = [evaluation["calibration"]["mean"] for evaluation in evaluations]
+    ranks, base = ([load_ranks(run.path) for run in each] for each in (runs, baseline))
+    calibration = [run.evaluation["calibration"]["mean"] for run in runs]
     row: dict[str, Any] = asdict(kind)
     for k in RECALL_AT:
         row[f"R@{k}"] = mean_recall(ranks, k)
         row[f"R@{k} gain"] = paired_difference(ranks, base, k)
     for name in ("ece", "nll"):
         row[name] = {bound: fmean(c[name][bound] for c in calibration) for bound in ("value", "low", "high")}
-    row["scale"] = fmean(evaluation["scale"] for evaluation in evaluations)
+    row["scale"] = fmean(run.evaluation["scale"] for run in runs)
     return row
 
 

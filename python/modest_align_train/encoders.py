@@ -55,11 +55,7 @@ class _Encoder:
     batch_size: int
 
     def _in_batches(self, items: Sequence[T], encode: Callable[[Sequence[T]], Tensor]) -> Tensor:
-        latents = torch.empty(len(items), self.dim)
-        for start in range(0, len(items), self.batch_size):
-            batch = items[start : start + self.batch_size]
-            latents[start : start + len(batch)] = encode(batch)
-        return latents
+        return torch.cat([torch.empty(0, self.dim), *map(encode, in_batches(items, self.batch_size))])
 
 
 @dataclass(frozen=True)
@@ -189,6 +185,11 @@ def load_text_encoder(name: str = DEFAULT_TEXT_ENCODER, device: str | torch.devi
     # Tokenizers of the other packages may be changed by a call, which a second thread must not meet.
     concurrent = device.type == "cpu" and (name == DEFAULT_TEXT_ENCODER or kind == "open_clip")
     return TextEncoder(name, dim, device, 32 if device.type == "cpu" else 512, concurrent, forward)
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut a sequence into batches of ``size``, the last one of what is left."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def local_files(name: str) -> list[Path]:

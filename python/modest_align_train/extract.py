@@ -23,6 +23,7 @@ from modest_align_train.encoders import (
     DEFAULT_TEXT_ENCODER,
     ImageEncoder,
     TextEncoder,
+    in_batches,
     load_image_encoder,
     load_text_encoder,
     local_files,
@@ -142,8 +143,7 @@ def extract(
     started = perf_counter()
     total = sum(1 + len(record.captions) for record in todo)
     with tqdm(total=total, unit=" items", disable=not progress, smoothing=0.05) as bar:
-        for start in range(0, len(todo), shard_size):
-            records = todo[start : start + shard_size]
+        for records in in_batches(todo, shard_size):
             bar.set_description("images")
             image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
             report.add(unread)
@@ -237,7 +237,7 @@ def _encode_images(
     kept: list[Record] = []
     skipped: list[Skipped] = []
     with _threads(encoder.device) as threads:
-        batches = _in_batches(records, batch_size or encoder.batch_size)
+        batches = in_batches(records, batch_size or encoder.batch_size)
         for batch_latents, batch_kept, batch_skipped in _map_in_order(encode, batches, threads):
             latents.append(batch_latents)
             kept += batch_kept
@@ -252,16 +252,12 @@ def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Ca
     by_length = sorted(counts, key=len)
     latents = [torch.empty(0, encoder.dim)]
     with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
-        batches = list(_in_batches(by_length, encoder.batch_size))
+        batches = list(in_batches(by_length, encoder.batch_size))
         for batch, batch_latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
             latents.append(batch_latents)
             progress(sum(counts[caption] for caption in batch))
     row = {caption: number for number, caption in enumerate(by_length)}
     return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
-
-
-def _in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @contextmanager

@@ -26,32 +26,20 @@ _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 # Stand-ins in the SVG for colours that follow the page's light or dark mode.
 _INK, _FAINT = "#010203", "#040506"
 _STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": _FAINT,
-    "axes.grid": True,
-    "axes.labelcolor": _INK,
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), _INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _FAINT),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("axes.axisbelow", "axes.grid", "figure.constrained_layout.use"), True),
     "axes.labelsize": 9,
     "axes.prop_cycle": mpl.cycler(color=COLOURS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": _INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
     "font.size": 9,
-    "grid.color": _FAINT,
     "grid.linewidth": 0.6,
     "legend.fontsize": 8.5,
-    "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.color": _FAINT,
-    "ytick.labelcolor": _INK,
 }
 _MOST_POINTS = 400
 

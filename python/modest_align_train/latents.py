@@ -146,36 +146,19 @@ def write_shard(
     }
 
 
-def write_manifest(
-    directory: Path,
-    shards: Sequence[dict[str, Any]],
-    *,
-    image_encoder: str,
-    text_encoder: str,
-    image_dim: int,
-    text_dim: int,
-    **facts: Any,
-) -> dict[str, Any]:
-    """Write and return the manifest that makes shards readable by `load_latents`.
+def write_manifest(directory: Path, shards: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    """Write and return the manifest by which `load_latents` finds and checks the shards.
 
     Args:
         directory: Where the shards are.
         shards: What `write_shard` returned for each, in order; further keys are left out.
-        image_encoder: Name of the encoder of the image latents.
-        text_encoder: Name of the encoder of the text latents.
-        image_dim: Features Di of the image latents.
-        text_dim: Features Dt of the text latents.
-        facts: What else to keep, for people and for `extract`.
+        facts: `image_encoder`, `text_encoder`, `image_dim` (Di), `text_dim` (Dt), and what else to keep.
     """
     manifest = {
+        **facts,
         "format_version": FORMAT_VERSION,
-        "image_encoder": image_encoder,
-        "text_encoder": text_encoder,
-        "image_dim": image_dim,
-        "text_dim": text_dim,
         "images": sum(shard["images"] for shard in shards),
         "captions": sum(shard["captions"] for shard in shards),
-        **facts,
         "shards": [{key: shard[key] for key in ("name", "images", "captions", "sha256")} for shard in shards],
     }
     write_json(directory / MANIFEST, manifest)

@@ -11,9 +11,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -143,6 +143,9 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "step": self.step,
             "best": self.best,
@@ -152,7 +155,7 @@ class Run:
             "model": self.aligner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
-            "rng": _get_rng(self.device),
+            "rng": rng,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,7 +166,9 @@ class Run:
         self.aligner.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
-        _set_rng(state["rng"], self.device)
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
 
     def log(self) -> None:
         """Write the mean loss since the last line, the learning rate, the scale and the seconds so far."""
@@ -351,12 +356,12 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any]
     if not (run / "last.pt").is_file():
         return None
     stored = run_settings(run)
-    for field in fields(Settings):
-        before, now = getattr(stored, field.name), getattr(settings, field.name)
+    for name, now in vars(settings).items():
+        before = getattr(stored, name)
         # A run directory may have been moved.
-        if before != now and field.name != "output":
+        if before != now and name != "output":
             raise ValueError(
-                f"{field.name} is {now!s} but {before!s} in the run stored in {run}: "
+                f"{name} is {now!s} but {before!s} in the run stored in {run}: "
                 f"take the stored value to go on with it, or another output"
             )
     return torch.load(run / "last.pt", map_location=device, weights_only=True)
@@ -367,28 +372,14 @@ def _save(state: dict[str, Any], path: Path) -> None:
         torch.save(state, temporary)
 
 
-def _get_rng(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-@contextmanager
-def _open_log(path: Path, size: int) -> Iterator[Any]:
+def _open_log(path: Path, size: int) -> TextIO:
     """Open the log to append after its first `size` bytes: what came after the checkpoint comes again."""
-    with path.open("a", encoding="utf-8") as log:
-        if log.tell() < size:
-            raise ValueError(f"{path} is shorter than when the run's last checkpoint was written")
-        log.truncate(size)
-        log.seek(size)
-        yield log
+    log = path.open("a", encoding="utf-8")
+    if log.tell() < size:
+        raise ValueError(f"{path} is shorter than when the run's last checkpoint was written")
+    log.truncate(size)
+    log.seek(size)
+    return log
 
 
 @contextmanager
