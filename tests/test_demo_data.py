@@ -109,7 +109,6 @@ class TestCommitted:
 
     def test_licenses_name_every_source(self, manifest):
         text = (DATA / "LICENSES.md").read_text(encoding="utf-8")
-        assert text == script.LICENSES_MD
         for source in manifest["sources"]:
             assert f"## {source}: " in text
         for package in script.PACKAGES.values():

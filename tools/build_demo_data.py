@@ -441,7 +441,7 @@ def build(sources: Path) -> dict[str, bytes]:
                     "sha256": hashlib.sha256(files[name]).hexdigest(),
                 }
             )
-    files["LICENSES.md"] = LICENSES_MD.encode()
+    files["LICENSES.md"] = (OUTPUT / "LICENSES.md").read_bytes()  # written by hand
     manifest = manifest_of([drawing for drawing, _ in samples], dropped, failed, shards)
     files["manifest.json"] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -622,116 +622,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(files, options.output)
         print(f"{options.output}: {total}")
 
-
-LICENSES_MD = """\
-# Where the demo data come from, and their licences
-
-Each sample's `.json` names its `source` and `license`. `manifest.json` has the versions and checksums of the
-packages, and `tools/build_demo_data.py` in the repository rebuilds every byte from them.
-
-What was changed, for all sources: the vector drawings were rendered, cropped to what they show, fitted into
-a white square of 128 pixels and stored as WebP. Some were left out; the manifest says how many and why.
-
-## noto: Noto Emoji
-
-- Package: `@iconify-json/noto` 1.2.9 (npm), drawings of <https://github.com/googlefonts/noto-emoji>
-- Licence: Apache License 2.0, <https://www.apache.org/licenses/LICENSE-2.0>. Its text is the file `LICENSE`
-  of this project, which is under the same licence; it comes with every copy of the project.
-- Copyright 2013 Google, Inc. All Rights Reserved.
-
-## fluent: Fluent Emoji Flat
-
-- Package: `@iconify-json/fluent-emoji-flat` 1.2.6 (npm), drawings of <https://github.com/microsoft/fluentui-emoji>
-- Licence: MIT (text below)
-- Copyright (c) Microsoft Corporation.
-
-## twemoji: Twemoji
-
-- Package: `@twemoji/svg` 15.0.0 (npm), drawings of <https://github.com/jdecked/twemoji>, first published at
-  <https://github.com/twitter/twemoji>
-- Licence of the drawings: Creative Commons Attribution 4.0 International (CC BY 4.0),
-  <https://creativecommons.org/licenses/by/4.0/>. They are offered as they are, without warranties.
-- Attribution: Twemoji, Copyright Twitter, Inc and other contributors. Changed as said above.
-
-## openclipart: Open Clip Art
-
-- Package: `openclipart-svg` 1:0.18+dfsg-19 (Debian), drawings and their titles, keywords and descriptions
-  from the Open Clip Art Library, <https://openclipart.org>
-- Licence: dedicated to the public domain by their authors. Only files whose own metadata say so were taken.
-- Titles were tidied (the manifest's split rule and the script say how); their errors and languages were kept.
-
-## The captions of the emoji
-
-- Package: `emojibase-data` 17.0.0 (npm), <https://github.com/milesj/emojibase>; English labels and tags,
-  joined to the drawings by code point
-- Licence: MIT (text below), Copyright (c) 2017-2019 Miles Johnson
-- The labels and tags come from the Unicode Common Locale Data Repository (CLDR), under the Unicode License V3
-  (text below).
-
-## MIT License
-
-```text
-Permission is hereby granted, free of charge, to any person obtaining a copy
-of this software and associated documentation files (the "Software"), to deal
-in the Software without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE.
-```
-
-## Unicode License V3
-
-```text
-COPYRIGHT AND PERMISSION NOTICE
-
-Copyright © 2004-2026 Unicode, Inc.
-
-NOTICE TO USER: Carefully read the following legal agreement. BY
-DOWNLOADING, INSTALLING, COPYING OR OTHERWISE USING DATA FILES, AND/OR
-SOFTWARE, YOU UNEQUIVOCALLY ACCEPT, AND AGREE TO BE BOUND BY, ALL OF THE
-TERMS AND CONDITIONS OF THIS AGREEMENT. IF YOU DO NOT AGREE, DO NOT
-DOWNLOAD, INSTALL, COPY, DISTRIBUTE OR USE THE DATA FILES OR SOFTWARE.
-
-Permission is hereby granted, free of charge, to any person obtaining a
-copy of data files and any associated documentation (the "Data Files") or
-software and any associated documentation (the "Software") to deal in the
-Data Files or Software without restriction, including without limitation
-the rights to use, copy, modify, merge, publish, distribute, and/or sell
-copies of the Data Files or Software, and to permit persons to whom the
-Data Files or Software are furnished to do so, provided that either (a)
-this copyright and permission notice appear with all copies of the Data
-Files or Software, or (b) this copyright and permission notice appear in
-associated Documentation.
-
-THE DATA FILES AND SOFTWARE ARE PROVIDED "AS IS", WITHOUT WARRANTY OF ANY
-KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
-MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT OF
-THIRD PARTY RIGHTS.
-
-IN NO EVENT SHALL THE COPYRIGHT HOLDER OR HOLDERS INCLUDED IN THIS NOTICE
-BE LIABLE FOR ANY CLAIM, OR ANY SPECIAL INDIRECT OR CONSEQUENTIAL DAMAGES,
-OR ANY DAMAGES WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS,
-WHETHER IN AN ACTION OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION,
-ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THE DATA
-FILES OR SOFTWARE.
-
-Except as contained in this notice, the name of a copyright holder shall
-not be used in advertising or otherwise to promote the sale, use or other
-dealings in these Data Files or Software without prior written
-authorization of the copyright holder.
-```
-"""
 
 if __name__ == "__main__":
     main()
