@@ -60,8 +60,7 @@ class Settings:
     dropout: _Share = 0.1
     """Share of a block's hidden features dropped in training."""
     latent_noise_std: _NotNegative = 0.01
-    """Random perturbation: standard deviation of the Gaussian noise that training adds to each feature of the
-    unit-norm latents, before the adapters."""
+    """Random perturbation: standard deviation of the noise on each feature of the unit-norm latents, in training."""
     loss_noise_std: _NotNegative = 0.0
     """The same on the adapters' outputs, inside the loss."""
     smoothing: _Share = 0.1
