@@ -11,14 +11,18 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.operations import backends
+from benchmarks.results import PLAIN, Key
 from benchmarks.workloads import SCALE
-from modest_align_kernels import available_backends, modest_align_loss
+from modest_align_kernels import modest_align_loss
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (image_features, text_features, scale, factor on the loss) -> loss, three gradients; None where there is none
@@ -30,11 +34,9 @@ class Provider:
     """One way to compute the loss and its gradients.
 
     Attributes:
-        name: In tables and for ``--providers``.
-        computes: What it does, in a sentence.
+        key: In tables and for ``--providers``.
         load: Called once for each workload; its imports may fail.
         package: What to install for it.
-        module: What to import, to see whether it is installed.
         needs_gpu: It has no path for a CPU.
         same_loss: False if it is another loss: measured, but its values are not compared.
         slow: Left out where a workload asks for fast peers only.
@@ -43,11 +45,9 @@ class Provider:
         note: What differs from the others' work.
     """
 
-    name: str
-    computes: str
+    key: Key
     load: Callable[[], Step]
     package: str | None = None
-    module: str | None = None
     needs_gpu: bool = False
     same_loss: bool = True
     slow: bool = False
@@ -59,10 +59,18 @@ class Provider:
         """Why it cannot run, as far as that shows without trying, or None."""
         if self.needs_gpu and device == "cpu":
             return "needs a GPU"
-        if self.module is not None and importlib.util.find_spec(self.module) is None:
+        if self.package is not None and installed_version(self.package) is None:
             return f"not installed (pip install {self.package})"
         if dtype not in self.dtypes:
             return f"takes {' or '.join(self.dtypes)} only"
+        return None
+
+
+def installed_version(package: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 
@@ -77,12 +85,13 @@ def from_loss(loss_fn: LossFunction) -> Step:
     return step
 
 
-def plain_loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def plain_loss(x: Tensor, y: Tensor, scale: Tensor, smoothing: float = 0.0) -> Tensor:
     """The loss as most CLIP trainers write it, with the whole matrix of logits, in the features' dtype throughout."""
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     logits = scale.to(x.dtype) * x @ y.T
     target = torch.arange(len(x), device=x.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    rows = F.cross_entropy(logits, target, label_smoothing=smoothing)
+    return (rows + F.cross_entropy(logits.T, target, label_smoothing=smoothing)) / 2
 
 
 def _compiled() -> Step:
@@ -198,67 +207,30 @@ def _siglip() -> Step:
     return from_loss(loss_fn)
 
 
-PLAIN = Provider("plain", "PyTorch's operations, the whole matrix of logits", lambda: from_loss(plain_loss))
+PLAIN_PROVIDER = Provider(PLAIN, lambda: from_loss(plain_loss))
 PEERS = (
-    PLAIN,
+    PLAIN_PROVIDER,
+    Provider(Key("plain, torch.compile"), _compiled, slow=True, compiled=True),
+    Provider(Key("open_clip ClipLoss"), _open_clip, "open_clip_torch"),
+    Provider(Key("sentence-transformers MNRL"), _ranking, "sentence-transformers"),
     Provider(
-        "plain, torch.compile",
-        "the same, compiled for each shape; the time of compiling is not counted",
-        _compiled,
-        slow=True,
-        compiled=True,
-    ),
-    Provider("open_clip ClipLoss", "two matrices of logits", _open_clip, "open_clip_torch", "open_clip"),
-    Provider(
-        "sentence-transformers MNRL",
-        "MultipleNegativesRankingLoss in both directions, on embeddings",
-        _ranking,
-        "sentence-transformers",
-        "sentence_transformers",
-    ),
-    Provider(
-        "sentence-transformers cached MNRL",
-        "CachedMultipleNegativesRankingLoss in both directions, on embeddings, 1,024 rows at a time",
+        Key("sentence-transformers cached MNRL"),
         _cached_ranking,
         "sentence-transformers",
-        "sentence_transformers",
         slow=True,
         dtypes=("float32", "bfloat16"),  # it calls backward itself: no factor on the loss, which float16 needs
     ),
+    Provider(Key("F.linear_cross_entropy x 2"), _linear_cross_entropy),
+    Provider(Key("memeff"), _memeff, "memeff", needs_gpu=True, note="no gradient of the scale"),
     Provider(
-        "F.linear_cross_entropy x 2",
-        "PyTorch's chunked loss, once for each direction",
-        _linear_cross_entropy,
-    ),
-    Provider(
-        "memeff",
-        "Triton kernels",
-        _memeff,
-        "memeff",
-        "memeff",
-        needs_gpu=True,
-        note="no gradient of the scale",
-    ),
-    Provider(
-        "Inf-CL",
-        "Triton kernels, once for each direction",
+        Key("Inf-CL"),
         _inf_cl,
         "inf-cl",
-        "inf_cl",
         needs_gpu=True,
         slow=True,
         note="tf32 inside, whatever the features' dtype",
     ),
-    Provider(
-        "siglip-kernel",
-        "the sigmoid loss: another loss of the same shape, without sums over rows and columns",
-        _siglip,
-        "siglip-kernel",
-        "siglip_kernel",
-        needs_gpu=True,
-        same_loss=False,
-        note="another loss",
-    ),
+    Provider(Key("siglip-kernel"), _siglip, "siglip-kernel", needs_gpu=True, same_loss=False, note="another loss"),
 )
 
 
@@ -266,14 +238,11 @@ def _ours(backend: str, reason: str | None) -> Provider:
     def load() -> Step:
         if reason is not None:
             raise RuntimeError(reason)
-        return from_loss(lambda x, y, scale: modest_align_loss(x, y, scale, backend=backend))
+        return from_loss(partial(modest_align_loss, backend=backend))
 
-    return Provider(f"ours ({backend})", f"modest_align_loss(..., backend={backend!r})", load)
+    return Provider(Key("ours", backend), load)
 
 
 def all_providers(device: str) -> list[Provider]:
     """Ours by backend, then everybody else's; who cannot run says so when it is loaded."""
-    backends = available_backends(device)
-    if device == "cpu" and backends.get("triton", "") is None:
-        backends["triton"] = "Triton's interpreter is no measure of speed"
-    return [*(_ours(name, reason) for name, reason in backends.items()), *PEERS]
+    return [*(_ours(backend, reason) for backend, reason in backends(device).items()), *PEERS]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from collections.abc import Iterable
 
-from benchmarks.measure import operation_model
+from benchmarks.operations import work
+from benchmarks.results import FLOOR, PLAIN, Key, Result, floor_of, same_machine, workload_of
+from benchmarks.step import NO_LOSS
 
-Result = dict[str, Any]
 SLOWER = 1.1
+# The columns of `shape`.
+SHAPE = ("B = N>", "D>", "dtype")
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -32,10 +35,15 @@ def select(stored: Result, kind: str) -> list[Result]:
     return sorted(cases, key=lambda case: (dtypes.index(case["dtype"]), case["features"], case["rows"]))
 
 
+def first_dtype(stored: Result) -> list[Result]:
+    """The losses of the first dtype."""
+    cases = select(stored, "loss")
+    return [case for case in cases if case["dtype"] == cases[0]["dtype"]]
+
+
 def main_cases(stored: Result) -> list[Result]:
     """The losses of the first dtype, at the width that has most sizes."""
-    cases = select(stored, "loss")
-    cases = [case for case in cases if case["dtype"] == cases[0]["dtype"]]
+    cases = first_dtype(stored)
     widths = [case["features"] for case in cases]
     return [case for case in cases if case["features"] == max(widths, key=widths.count)]
 
@@ -43,199 +51,206 @@ def main_cases(stored: Result) -> list[Result]:
 def milliseconds(result: Result) -> str:
     """Median and spread."""
     low, middle, high = (t * 1e3 for t in quartiles(result["seconds"]))
-    digits = max(0, 2 - math.floor(math.log10(middle)))
-    digits = min(digits, 3)
-    if len(result["seconds"]) == 1:
-        return f"{middle:,.{digits}f}"
-    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    digits = min(max(0, 2 - math.floor(math.log10(middle))), 3)
+    spread = f" ({low:,.{digits}f} to {high:,.{digits}f})" if len(result["seconds"]) > 1 else ""
+    return f"{middle:,.{digits}f}{spread}"
 
 
-def mebibytes(value: float) -> str:
-    """Three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def mebibytes(result: Result) -> str:
+    """The peak, in three digits, if it was measured."""
+    peak = result.get("peak_extra_mib")
+    return "" if peak is None else f"{peak:,.0f}" if peak >= 100 else f"{peak:.3g}"
+
+
+def of_plain(result: Result, plain: Result) -> str:
+    """A result's time in plain's, if that was measured."""
+    return f"{ratio(result, plain)[1]:.2f}" if "seconds" in plain else ""
+
+
+def shape(case: Result) -> list[str]:
+    """The first cells of a row."""
+    return [f"{case['rows']:,}", f"{case['features']:,}", case["dtype"]]
+
+
+def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A table; the columns that end with ">" are of numbers, and missing last cells are empty."""
+    lines = [[column.rstrip(">") for column in columns], ["---:" if c.endswith(">") else "---" for c in columns], *rows]
+    return "\n".join(f"| {' | '.join(line + [''] * (len(columns) - len(line)))} |" for line in lines)
 
 
 def full_tables(stored: Result) -> str:
     """Everything that was measured, as Markdown."""
-    parts = [heading(stored)]
-    if select(stored, "loss"):
-        parts += ["## The loss, forward + backward", loss_table(stored)]
-    absent = absences(stored)
-    if absent:
-        parts += ["Not measured:", "\n".join(f"- {line}" for line in absent)]
-    if select(stored, "operations"):
-        parts += ["## The four operations", operations_table(stored)]
-    if select(stored, "step"):
-        parts += ["## One training step", step_table(stored)]
-    parts += ["## Where the shapes come from", provenance(stored)]
+    parts = [heading(stored, stored["workloads"])]
+    for title, kind, rows in (
+        ("The loss, forward + backward", "loss", loss_table),
+        ("The four operations", "operations", operations_table),
+        ("One training step", "step", step_table),
+    ):
+        if select(stored, kind):
+            parts += [f"## {title}", rows(stored)]
+    if absent := absences(stored):
+        parts += ["## Not measured", "\n".join(f"- {line}" for line in absent)]
+    parts += ["## What was measured, when, and where the shapes come from", provenance(stored)]
     return "\n\n".join(parts) + "\n"
 
 
-def heading(stored: Result) -> str:
-    """Where the numbers come from."""
+def heading(stored: Result, cases: list[Result]) -> str:
+    """Where the numbers of some cases come from; their commits stand in the tables."""
     machine = stored["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    threads = f"{machine['threads']} threads, " if machine["type"] == "cpu" else ""
-    return f"{machine['device']}, {threads}{machine['date']}, commit {machine['commit']}; {versions}."
+    threads = f", {machine['threads']} threads" if machine["type"] == "cpu" else ""
+    versions = dict.fromkeys(item for case in cases for item in case["versions"].items())
+    dates = dict.fromkeys(case["date"] for case in cases)
+    facts = [*dates, *(f"{package} {version}" for package, version in versions)]
+    return ", ".join([f"**{machine['device']}{threads}**", *facts]) + "."
 
 
 def loss_table(stored: Result) -> str:
     """One row for each workload and provider that was measured or failed there."""
-    lines = [
-        "| B = N | D | dtype | loss | ms, median (quartiles) | rounds | of plain's time | of the floor "
-        "| useful TFLOP/s | peak extra MiB | of plain's | gradient error | of the worst row | loss error |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    columns = [*SHAPE, "loss", "ms, median (quartiles)>", "rounds>", "of plain's time>", "of the floor>"]
+    columns += [
+        "useful TFLOP/s>",
+        "peak extra MiB>",
+        "of plain's>",
+        "gradient error>",
+        "of the worst row>",
+        "loss error>",
     ]
-    everywhere = set(_everywhere(stored))
+    everywhere = _everywhere(stored)
+    rows = []
     for case in select(stored, "loss"):
         results = case["results"]
-        plain, floor = results.get("plain", {}), results["floor"]
-        for name, result in results.items():
-            start = f"| {case['rows']:,} | {case['features']:,} | {case['dtype']} | {name} "
+        plain, flops = results.get(PLAIN, {}), 8 * case["rows"] ** 2 * case["features"]
+        for key, result in results.items():
             if "failed" in result:
-                if name not in everywhere:
-                    lines.append(start + f"| {result['failed']} | | | | | | | | | |")
+                if key not in everywhere:
+                    rows.append([*shape(case), str(key), result["failed"]])
                 continue
-            if "note" in result:
-                start = start[:-1] + f" ({result['note']}) "
-            seconds = quartiles(result["seconds"])[1]
-            flops = 8 * case["rows"] ** 2 * case["features"]
-            cells = [milliseconds(result), str(len(result["seconds"]))]
-            cells.append(f"{ratio(result, plain)[1]:.2f}" if "seconds" in plain else "")
-            cells.append(f"{ratio(floor, result)[1]:.0%}")
-            cells.append(f"{flops / seconds / 1e12:.3g}")
-            if "peak_extra_mib" in result:
-                cells.append(mebibytes(result["peak_extra_mib"]))
-                known = plain.get("peak_extra_mib")
-                cells.append(f"{result['peak_extra_mib'] / known:.1%}" if known else "")
-            else:
-                cells += ["", ""]
-            errors = ("gradient_error", "worst_row_error", "loss_error")
-            cells += [f"{result[key]:.1e}" if key in result else "" for key in errors]
-            lines.append(start + "| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            note = f" ({result['note']})" if "note" in result else ""
+            both = [each.get("peak_extra_mib") for each in (result, plain)]
+            rows.append(
+                [
+                    *shape(case),
+                    f"{key}{note}",
+                    milliseconds(result),
+                    str(len(result["seconds"])),
+                    of_plain(result, plain),
+                    f"{ratio(results[FLOOR], result)[1]:.0%}",
+                    f"{flops / quartiles(result['seconds'])[1] / 1e12:.3g}",
+                    mebibytes(result),
+                    f"{both[0] / both[1]:.1%}" if all(both) else "",
+                    *(_error(result, name) for name in ("gradient_error", "worst_row_error", "loss_error")),
+                ]
+            )
+    return markdown(columns, rows)
 
 
-def _everywhere(stored: Result) -> dict[str, str]:
+def _error(result: Result, name: str, digits: int = 1) -> str:
+    return f"{result[name]:.{digits}e}" if name in result else ""
+
+
+def _everywhere(stored: Result) -> dict[Key, str]:
     """Who failed on every workload, and its sentence if it was always the same."""
-    reasons: dict[str, set[str | None]] = {}
+    reasons: dict[Key, set[str | None]] = {}
     for case in select(stored, "loss"):
-        for name, result in case["results"].items():
-            reasons.setdefault(name, set()).add(result.get("failed"))
-    return {name: next(iter(why)) for name, why in reasons.items() if len(why) == 1 and None not in why}  # type: ignore[misc]
+        for key, result in case["results"].items():
+            reasons.setdefault(key, set()).add(result.get("failed"))
+    return {key: next(iter(why)) for key, why in reasons.items() if len(why) == 1 and None not in why}  # type: ignore[misc]
 
 
 def absences(stored: Result) -> list[str]:
     """Who took no part and what was left out, a line for each reason."""
     reasons: dict[str, list[str]] = {}
-    for name, why in _everywhere(stored).items():
-        reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(names)}: {why}" for why, names in reasons.items()] + stored["left_out"]
+    for key, why in _everywhere(stored).items():
+        reasons.setdefault(why, []).append(str(key))
+    for what, why in stored["left_out"].items():
+        reasons.setdefault(why, []).append(what)
+    return [f"{', '.join(who)}: {why}" for why, who in reasons.items()]
 
 
 def operations_table(stored: Result) -> str:
     """The four functions of every backend: time, rate, fraction of their own floor."""
-    lines = [
-        "| B = N | D | dtype | operation | backend | ms, median (quartiles) | rate | of its floor |",
-        "|---:|---:|---|---|---|---:|---:|---:|",
-    ]
+    columns = [*SHAPE, "operation", "backend", "ms, median (quartiles)>", "rate>", "of its floor>"]
+    rows = []
     for case in select(stored, "operations"):
-        for name, result in case["results"].items():
-            operation, backend = name.split(", ")
-            start = f"| {case['rows']:,} | {case['features']:,} | {case['dtype']} | {operation} | {backend} "
+        for key, result in case["results"].items():
             if "failed" in result:
-                lines.append(start + f"| {result['failed']} | | |")
-            elif backend != "floor":
-                sizes = case["feature_bytes"], case["operand_bytes"]
-                model = operation_model(operation, case["rows"], case["features"], *sizes)
+                rows.append([*shape(case), *key, result["failed"]])
+            elif key != floor_of(key.name):
+                needed = work(key.name, case["rows"], case["features"], case["feature_bytes"], case["operand_bytes"])
                 seconds = quartiles(result["seconds"])[1]
-                rate = f"{model['bytes'] / seconds / 1e9:,.3g} GB/s"
-                if model["flops"]:
-                    rate = f"{model['flops'] / seconds / 1e12:.3g} TFLOP/s"
-                of_floor = ratio(case["results"][f"{operation}, floor"], result)[1]
-                lines.append(start + f"| {milliseconds(result)} | {rate} | {of_floor:.0%} |")
-    return "\n".join(lines)
+                rate = f"{needed.bytes / seconds / 1e9:,.3g} GB/s"
+                if needed.flops:
+                    rate = f"{needed.flops / seconds / 1e12:.3g} TFLOP/s"
+                of_floor = ratio(case["results"][floor_of(key.name)], result)[1]
+                rows.append([*shape(case), *key, milliseconds(result), rate, f"{of_floor:.0%}"])
+    return markdown(columns, rows)
 
 
 def step_table(stored: Result) -> str:
     """The reference trainer's step: what share of it is the loss."""
-    lines = [
-        "| B | D | loss | step, ms, median (quartiles) | the loss's share | of plain's step | peak extra MiB |",
-        "|---:|---:|---|---:|---:|---:|---:|",
-    ]
+    columns = ["B>", "D>", "loss", "step, ms, median (quartiles)>", "the loss's share>", "of plain's step>"]
+    rows = []
     for case in select(stored, "step"):
         results = case["results"]
-        nothing, plain = results["no loss"], results["plain"]
-        for name, result in results.items():
-            start = f"| {case['rows']:,} | {case['features']:,} | {name} "
+        for key, result in results.items():
+            start = [*shape(case)[:2], str(key)]
             if "failed" in result:
-                lines.append(start + f"| {result['failed']} | | | |")
+                rows.append([*start, result["failed"]])
                 continue
-            share = "" if name == "no loss" else f"{1 - ratio(nothing, result)[1]:.0%}"
-            of_plain = f"{ratio(result, plain)[1]:.2f}" if "seconds" in plain else ""
-            memory = mebibytes(result["peak_extra_mib"])
-            lines.append(start + f"| {milliseconds(result)} | {share} | {of_plain} | {memory} |")
-    return "\n".join(lines)
+            share = "" if key == NO_LOSS else f"{1 - ratio(results[NO_LOSS], result)[1]:.0%}"
+            rows.append([*start, milliseconds(result), share, of_plain(result, results[PLAIN]), mebibytes(result)])
+    return markdown([*columns, "peak extra MiB>"], rows)
 
 
 def provenance(stored: Result) -> str:
-    """Each shape's name and source."""
-    shapes = {(c["rows"], c["features"]): c for c in stored["workloads"]}
-    return "\n".join(
-        f"- {rows:,} x {features:,} (`{case['name']}`): {case['provenance']}"
-        for (rows, features), case in sorted(shapes.items())
-    )
+    """Each workload's commit, date and version of PyTorch, and its shape's name and source."""
+    columns = ["workload", "commit", "date", "torch", "`--workloads`", "where the shape comes from"]
+    rows = []
+    for kind in dict.fromkeys(case["kind"] for case in stored["workloads"]):
+        for case in select(stored, kind):
+            workload, torch = workload_of(case), case["versions"]["torch"]
+            rows.append([str(workload), case["commit"], case["date"], torch, f"`{workload.name}`", workload.provenance])
+    return markdown(columns, rows)
 
 
-def caption(stored: Result) -> str:
-    """What the short table shows."""
-    case = main_cases(stored)[0]
-    return (
-        f"Normalisation, loss and all gradients, D = {case['features']}, {case['dtype']}: median times, and multiples "
-        "of the plain loss's in the same rounds. The floor is four matmuls of that shape "
-        "([what that means](benchmarks/README.md)); errors are against float64."
-    )
+def short_cases(stored: Result) -> list[Result]:
+    """The three cases that the short table shows: those in which all take part, of a thousand rows or more."""
+    cases = [case for case in main_cases(stored) if PLAIN in case["results"]]
+    crowd = max((len(case["results"]) for case in cases), default=0)
+    cases = [case for case in cases if len(case["results"]) == crowd]
+    large = [case for case in cases if case["rows"] >= 1024]
+    cases = large if len(large) >= 3 else cases
+    return cases if len(cases) <= 3 else [cases[i * (len(cases) - 1) // 2] for i in range(3)]
 
 
 def short_table(stored: Result) -> str:
     """What a user decides by: time at three sizes, memory and error at the last of them, a row for each loss."""
-    cases = [case for case in main_cases(stored) if "plain" in case["results"]]
-    crowd = max(len(case["results"]) for case in cases)
-    cases = [case for case in cases if len(case["results"]) == crowd]
-    large = [case for case in cases if case["rows"] >= 1024]
-    cases = large if len(large) >= 3 else cases
-    shown = cases if len(cases) <= 3 else [cases[i * (len(cases) - 1) // 2] for i in range(3)]
-    last = shown[-1]
-    lines = [
-        "| loss | "
-        + " | ".join(f"B = {case['rows']:,}" for case in shown)
-        + f" | peak extra memory at {last['rows']:,} | gradient error |",
-        "|---|" + "---:|" * (len(shown) + 2),
-    ]
+    cases = short_cases(stored)
+    last = cases[-1]
+    columns = ["loss", *(f"B = {case['rows']:,}>" for case in cases)]
+    columns += [f"peak extra memory at {last['rows']:,}>", "gradient error>"]
     absent = _everywhere(stored)
-    ours_first = sorted(last["results"], key=lambda name: not name.startswith("ours"))
-    for name in ours_first:
-        if name in absent or name == "floor":
+    rows = []
+    for key in sorted(last["results"], key=lambda key: not key.ours):
+        if key in absent or key == FLOOR:
             continue
         cells = []
-        for case in shown:
-            result = case["results"].get(name, {})
-            if "seconds" not in result:
-                cells.append(result.get("failed", ""))
-                continue
-            plain = case["results"]["plain"]
-            of_plain = f", {ratio(result, plain)[1]:.2f}x" if "seconds" in plain else ""
-            cells.append(_seconds(result) + of_plain)
-        result = last["results"][name]
-        cells.append(f"{mebibytes(result['peak_extra_mib'])} MiB" if "peak_extra_mib" in result else "")
-        cells.append(f"{result['gradient_error']:.0e}" if "gradient_error" in result else result.get("note", ""))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    floor = [_seconds(case["results"]["floor"]) for case in shown]
-    lines.append("| *floor: four matmuls* | " + " | ".join(floor) + " | | |")
-    return "\n".join(lines)
+        for case in cases:
+            result = case["results"].get(key, {})
+            multiple = of_plain(result, case["results"][PLAIN]) if "seconds" in result else ""
+            cells.append((_seconds(result) or result.get("failed", "")) + (multiple and f", {multiple}x"))
+        result = last["results"][key]
+        cells.append(f"{mebibytes(result)} MiB" if "peak_extra_mib" in result else "")
+        cells.append(_error(result, "gradient_error", 0) or result.get("note", ""))
+        rows.append([str(key), *cells])
+    rows.append(["*floor: four matmuls*", *(_seconds(case["results"][FLOOR]) for case in cases)])
+    rows.append(["*commit*", *(case["commit"] for case in cases)])
+    return markdown(columns, rows)
 
 
 def _seconds(result: Result) -> str:
+    if "seconds" not in result:
+        return ""
     seconds = quartiles(result["seconds"])[1]
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
@@ -250,25 +265,21 @@ def compare_runs(old: Result, new: Result, threshold: float = SLOWER) -> tuple[s
         A Markdown table, and a sentence for each provider slower by more than ``threshold`` and twice the noise; none
         if the runs are from different devices.
     """
-    lines = [
-        "| B = N | D | dtype | loss | old, ms | new, ms | new / old | in floors | noise |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|",
-    ]
-    slower = []
-    before = {(c["kind"], c["rows"], c["features"], c["dtype"]): c["results"] for c in old["workloads"]}
+    columns = [*SHAPE, "loss", "old, ms>", "new, ms>", "new / old>", "in floors>", "noise>"]
+    rows, slower = [], []
+    before = {workload_of(case): case["results"] for case in old["workloads"]}
     for case in select(new, "loss"):
-        results = before.get(("loss", case["rows"], case["features"], case["dtype"]), {})
-        for name, result in case["results"].items():
-            if "seconds" not in result or "seconds" not in results.get(name, {}):
+        results = before.get(workload_of(case), {})
+        for key, result in case["results"].items():
+            if "seconds" not in result or "seconds" not in results.get(key, {}):
                 continue
-            was, now = quartiles(results[name]["seconds"])[1], quartiles(result["seconds"])[1]
-            floors = [ratio(each[name], each["floor"]) for each in (results, case["results"])]
+            was, now = quartiles(results[key]["seconds"])[1], quartiles(result["seconds"])[1]
+            floors = [ratio(each[key], each[FLOOR]) for each in (results, case["results"])]
             in_floors = floors[1][1] / floors[0][1]
             noise = math.hypot(*((high - low) / 2 / middle for low, middle, high in floors))
-            cells = [f"{was * 1e3:,.3g}", f"{now * 1e3:,.3g}", f"{now / was:.2f}", f"{in_floors:.2f}", f"{noise:.2f}"]
-            label = f"{case['rows']:,} | {case['features']:,} | {case['dtype']} | {name}"
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-            if in_floors > max(threshold, 1 + 2 * noise) and name.startswith("ours"):
-                slower.append(f"{label.replace(' | ', ', ')}: {in_floors:.2f} times as slow, noise {noise:.2f}")
-    same = all(old["machine"][key] == new["machine"][key] for key in ("device", "threads"))
-    return "\n".join(lines), slower if same else []
+            start = [*shape(case), str(key)]
+            times = [f"{was * 1e3:,.3g}", f"{now * 1e3:,.3g}", f"{now / was:.2f}"]
+            rows.append([*start, *times, f"{in_floors:.2f}", f"{noise:.2f}"])
+            if in_floors > max(threshold, 1 + 2 * noise) and key.ours:
+                slower.append(f"{', '.join(start)}: {in_floors:.2f} times as slow, noise {noise:.2f}")
+    return markdown(columns, rows), slower if same_machine(old, new) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # 1 / 0.07, CLIP's scale at the start of training.
 SCALE = 14.3
@@ -53,7 +53,7 @@ class Workload:
     rows: int
     features: int
     dtype: str
-    peers: str = "all"
+    peers: str = field(default="all", compare=False)
 
     @property
     def name(self) -> str:

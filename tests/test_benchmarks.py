@@ -3,58 +3,58 @@
 from __future__ import annotations
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import measure, providers, readme, table, test_losses, workloads
-from benchmarks.providers import Provider, all_providers, from_loss, plain_loss
+from benchmarks import clock, losses, machine, operations, readme, results, table, test_losses, truth, workloads
+from benchmarks.providers import PLAIN_PROVIDER, Provider, all_providers, from_loss, plain_loss
+from benchmarks.results import FLOOR, PLAIN, Key
+from benchmarks.step import NO_LOSS
 from benchmarks.workloads import SCALE, Workload
 from modest_align_kernels import available_backends, reference
 
 TINY = Workload("loss", 48, 16, "float32")
-MINE = "ours (eager)"
+MINE = Key("ours", "eager")
 
 
-def measured(*others: Provider, workload: Workload = TINY, **kwargs) -> dict:
-    return measure.measure_losses(workload, [providers.PLAIN, *others], "cpu", 2, **kwargs)
+def measured(*others: Provider) -> dict:
+    return losses.measure(TINY, [PLAIN_PROVIDER, *others], clock.Run("cpu", 2))
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> dict:
     """A whole run of the command, tiny, with every provider that needs no compiler."""
     output = tmp_path_factory.mktemp("benchmarks") / "result.json"
-    names = [p.name for p in all_providers("cpu") if not p.compiled]
+    names = [str(p.key) for p in all_providers("cpu") if not p.compiled]
     command = ["--rounds", "2", "--dtypes", "float32", "--output", str(output), "--providers", *names]
     assert benchmarks.main([*command, "--rows", "32", "--features", "16", "--only", "operations", "step"]) == 0
-    others = json.loads(output.read_text())["workloads"]
     assert benchmarks.main([*command, "--rows", "32", "48", "--features", "16", "24"]) == 0
     for name in ("result.png", "result-floor.png"):
         assert output.with_name(name).stat().st_size > 10_000
-    stored = json.loads(output.read_text())
+    stored = results.load(output)
     assert output.with_suffix(".md").read_text() == table.full_tables(stored)
-    stored["workloads"] += others
     return stored
 
 
-def test_every_workload_is_stored_with_its_machine(stored) -> None:
+def test_every_workload_is_stored_with_its_origin(stored) -> None:
     kinds = [case["kind"] for case in stored["workloads"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {"loss": 4, "operations": 1, "step": 1}
-    assert {"device", "threads", "versions", "commit", "date", "memory_gib"} <= set(stored["machine"])
-    assert stored["left_out"] == []
+    assert {"device", "threads", "memory_gib"} <= set(stored["machine"])
+    assert stored["left_out"] == {}
     for case in stored["workloads"]:
+        assert {"versions", "commit", "date"} <= set(case)
         for result in case["results"].values():
             assert "failed" in result or (len(result["seconds"]) == 2 and min(result["seconds"]) > 0)
 
 
 def test_losses_are_side_by_side_with_the_floor(stored) -> None:
     for case in table.select(stored, "loss"):
-        assert {"floor", "plain", MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
-        for name, result in case["results"].items():
-            if "seconds" in result and name != "floor":
+        assert {FLOOR, PLAIN, MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
+        for key, result in case["results"].items():
+            if "seconds" in result and key != FLOOR:
                 assert result["gradient_error"] < 1e-4
                 assert result["loss_error"] < 1e-5
                 assert result["scale_error"] < 1e-3
@@ -63,14 +63,14 @@ def test_losses_are_side_by_side_with_the_floor(stored) -> None:
 
 def test_operations_have_each_their_floor(stored) -> None:
     for case in table.select(stored, "operations"):
-        for operation in test_losses.OPERATIONS:
-            assert "seconds" in case["results"][f"{operation}, floor"]
-            assert "seconds" in case["results"][f"{operation}, eager"]
+        for operation in operations.OPERATIONS:
+            assert "seconds" in case["results"][results.floor_of(operation)]
+            assert "seconds" in case["results"][Key(operation, "eager")]
 
 
 def test_the_step_is_measured_with_and_without_its_loss(stored) -> None:
     for case in table.select(stored, "step"):
-        assert {"no loss", "plain", MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
+        assert {NO_LOSS, PLAIN, MINE} <= {n for n, r in case["results"].items() if "seconds" in r}
 
 
 def test_tables_show_what_is_stored(stored) -> None:
@@ -81,13 +81,13 @@ def test_tables_show_what_is_stored(stored) -> None:
     assert f"| {MINE} |" in short
     assert "B = 32" in short
     changed = copy.deepcopy(stored)
-    changed["workloads"][0]["results"]["plain"] = {"failed": "out of memory"}
+    table.select(changed, "loss")[0]["results"][PLAIN] = {"failed": "out of memory"}
     assert "| plain | out of memory |" in table.full_tables(changed)
 
 
-@pytest.mark.parametrize("provider", [p for p in all_providers("cpu") if not p.compiled], ids=lambda p: p.name)
+@pytest.mark.parametrize("provider", [p for p in all_providers("cpu") if not p.compiled], ids=lambda p: str(p.key))
 def test_each_provider_runs_or_says_why_not(provider: Provider) -> None:
-    result = measured(provider)[provider.name]
+    result = measured(provider)[provider.key]
     if provider.needs_gpu:
         assert result == {"failed": "needs a GPU"}
     elif "failed" in result:
@@ -104,7 +104,7 @@ def test_each_provider_runs_or_says_why_not(provider: Provider) -> None:
 @pytest.mark.slow
 def test_the_compiled_provider_is_compiled_before_it_is_timed() -> None:
     compiled = next(p for p in all_providers("cpu") if p.compiled)
-    result = measured(compiled)[compiled.name]
+    result = measured(compiled)[compiled.key]
     assert "failed" in result or max(result["seconds"]) < 0.5
 
 
@@ -121,62 +121,64 @@ def test_a_provider_that_raises_is_a_row() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain_loss(x, y, scale)
 
-    results = measured(
-        Provider("missing", "", load),
-        Provider("broken", "", lambda: from_loss(fail)),
-        Provider("later", "", lambda: from_loss(later)),
-        Provider("absent", "", load, package="no-such-package", module="no_such_module"),
+    found = measured(
+        Provider(Key("missing"), load),
+        Provider(Key("broken"), lambda: from_loss(fail)),
+        Provider(Key("later"), lambda: from_loss(later)),
+        Provider(Key("absent"), load, package="no-such-package"),
     )
-    assert results["missing"] == {"failed": "ImportError: no module named contrast"}
-    assert results["broken"] == {"failed": "only square matrices"}
-    assert results["later"] == {"failed": "out of memory"}
-    assert results["absent"] == {"failed": "not installed (pip install no-such-package)"}
-    assert len(results["plain"]["seconds"]) == 2
+    assert found[Key("missing")] == {"failed": "ImportError: no module named contrast"}
+    assert found[Key("broken")] == {"failed": "only square matrices"}
+    assert found[Key("later")] == {"failed": "out of memory"}
+    assert found[Key("absent")] == {"failed": "not installed (pip install no-such-package)"}
+    assert len(found[PLAIN]["seconds"]) == 2
 
 
 def test_a_wrong_loss_is_not_timed() -> None:
-    wrong = Provider("wrong", "", lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 1.01))
-    other = Provider("other", "", lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 2), same_loss=False)
-    results = measured(wrong, other)
-    assert results["wrong"]["failed"].startswith("wrong: loss error 1.0e-02")
-    assert "seconds" not in results["wrong"]
-    assert "seconds" in results["other"]
-    assert "gradient_error" not in results["other"]
+    wrong = Provider(Key("wrong"), lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 1.01))
+    other = Provider(Key("other"), lambda: from_loss(lambda x, y, s: plain_loss(x, y, s) * 2), same_loss=False)
+    found = measured(wrong, other)
+    assert found[wrong.key]["failed"].startswith("wrong: loss error 1.0e-02")
+    assert "seconds" not in found[wrong.key]
+    assert "seconds" in found[other.key]
+    assert "gradient_error" not in found[other.key]
 
 
 @pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])
 def test_the_truth_is_the_reference(scale: float) -> None:
-    x, y = (t.detach().double().requires_grad_() for t in measure.make_features(40, 24, "float32", "cpu"))
+    inputs = truth.make_inputs(Workload("loss", 40, 24, "float32"), "cpu")
+    x, y = (t.detach().double().requires_grad_() for t in inputs[:2])
     tensor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     loss = reference.modest_align_loss(x, y, tensor)
     expected = torch.autograd.grad(loss, (x, y, tensor))
     sample = torch.tensor([0, 7, 39])
-    truth = measure.exact(x.detach(), y.detach(), scale, sample)
-    torch.testing.assert_close(truth.loss, loss.detach())
-    torch.testing.assert_close(truth.image_grad, expected[0][sample])
-    torch.testing.assert_close(truth.text_grad, expected[1][sample])
-    torch.testing.assert_close(truth.scale_grad, expected[2])
+    found = truth.exact(x.detach(), y.detach(), scale, sample)
+    torch.testing.assert_close(found.loss, loss.detach())
+    torch.testing.assert_close(found.image_grad, expected[0][sample])
+    torch.testing.assert_close(found.text_grad, expected[1][sample])
+    torch.testing.assert_close(found.scale_grad, expected[2])
     exact = (loss.detach(), *expected)
-    errors = measure.compare(exact, truth, 1.0)
+    errors = truth.compare(exact, found, 1.0)
     assert max(errors["loss_error"], errors["gradient_error"], errors["scale_error"]) < 1e-9
-    assert measure.compare((loss.detach(), expected[0] * 1.5, *expected[1:]), truth, 1.0)["worst_row_error"] > 0.4
+    assert truth.compare((loss.detach(), expected[0] * 1.5, *expected[1:]), found, 1.0)["worst_row_error"] > 0.4
 
 
 def test_what_does_not_fit_is_predicted_not_tried(monkeypatch) -> None:
-    monkeypatch.setattr(measure, "PREDICT_ROWS", 200)
-    monkeypatch.setattr(measure, "PROBE_ROWS", (64, 128))
+    monkeypatch.setattr(losses, "PREDICT_ROWS", 200)
+    monkeypatch.setattr(losses, "PROBE_ROWS", (64, 128))
     workload = Workload("loss", 256, 16, "float32")
-    known = measure.measure_losses(workload, [providers.PLAIN], "cpu", 1)["plain"]
-    wall = measure.measure_losses(workload, [providers.PLAIN], "cpu", 1, memory=2.0**19)["plain"]
+    known, wall = (
+        losses.measure(workload, [PLAIN_PROVIDER], clock.Run("cpu", 1, memory))[PLAIN] for memory in (2.0**40, 2.0**19)
+    )
     assert wall["failed"].startswith("needs")
     assert wall["predicted_mib"] == pytest.approx(known["peak_extra_mib"], rel=0.1)
 
 
 def test_noise_hits_all_alike_in_rounds() -> None:
     order: list[str] = []
-    tasks = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = measure.interleave(tasks, "cpu", 3, lambda name, error: None)
-    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    found: dict = {}
+    clock.interleave({Key(name): (lambda name=name: order.append(name)) for name in "abc"}, found, clock.Run("cpu", 3))
+    assert {key.name: len(result["seconds"]) for key, result in found.items()} == {"a": 3, "b": 3, "c": 3}
     assert order[::2] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
@@ -212,7 +214,7 @@ def test_compare_fails_what_is_slower_on_the_same_device(stored) -> None:
 def test_compare_is_the_exit_status(stored, tmp_path, capsys) -> None:
     for factor, status in ((1e-3, 1), (1e3, 0)):
         old = tmp_path / "old.json"
-        old.write_text(json.dumps(slower(stored, factor)))
+        results.save(slower(stored, factor), old)
         command = ["--rows", "32", "--features", "16", "--rounds", "3", "--dtypes", "float32", "--providers", "eager"]
         assert benchmarks.main([*command, "--output", str(tmp_path / "new.json"), "--compare", str(old)]) == status
     assert "times as slow" in capsys.readouterr().out
@@ -221,9 +223,29 @@ def test_compare_is_the_exit_status(stored, tmp_path, capsys) -> None:
 def test_the_budget_leaves_out_and_says_so(tmp_path) -> None:
     output = tmp_path / "result.json"
     assert benchmarks.main(["--workloads", "simclr", "--budget", "0", "--output", str(output)]) == 0
-    stored = json.loads(output.read_text())
+    stored = results.load(output)
     assert stored["workloads"] == []
-    assert any("--budget" in line for line in stored["left_out"])
+    assert "--budget" in stored["left_out"]["loss 4,096 x 512 float32"]
+
+
+def test_a_partial_run_replaces_only_its_workloads(stored, tmp_path) -> None:
+    output = tmp_path / "result.json"
+    earlier = copy.deepcopy(stored)
+    for case in earlier["workloads"]:
+        case["commit"] = "earlier"
+    earlier["left_out"] = {"loss 32 x 24 float32": "measured meanwhile", "loss 64 x 24 float32": "too large"}
+    results.save(earlier, output)
+    command = ["--rows", "32", "--features", "24", "--rounds", "1", "--providers", "eager", "--output", str(output)]
+    assert benchmarks.main(command) == 0
+    now = results.load(output)
+    assert [case["commit"] == "earlier" for case in now["workloads"]] == [
+        (case["kind"], case["rows"], case["features"]) != ("loss", 32, 24) for case in earlier["workloads"]
+    ]
+    assert now["left_out"] == {"loss 64 x 24 float32": "too large"}
+    assert table.full_tables(now).count("| earlier |") == 5
+    earlier["machine"]["device"] = "another"
+    results.save(earlier, output)
+    assert benchmarks.main(command) == 2
 
 
 @pytest.mark.parametrize(
@@ -234,7 +256,7 @@ def test_the_budget_leaves_out_and_says_so(tmp_path) -> None:
         (["--rows", "0"], "--rows: got 0"),
         (["--rounds", "0"], "--rounds: got 0"),
         (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", str(readme.RESULTS / "demo.json")], "demo.json holds no results"),
+        (["--compare", str(readme.DEMO)], "demo.json holds no results"),
     ],
 )
 def test_bad_arguments_are_one_sentence(command, words, capsys) -> None:
@@ -269,27 +291,74 @@ def test_the_pytest_benchmark_suite_runs() -> None:
     test_losses.bench_loss(benchmark, all_providers("cpu")[0], 32, 16)
     assert benchmark.extra_info["gradient_error"] < 1e-4
     backends = [name for name, why in available_backends("cpu").items() if why is None and name != "triton"]
-    assert backends == test_losses.BACKENDS
-    for name in test_losses.OPERATIONS:
+    assert backends == operations.measured_backends("cpu")
+    for name in operations.OPERATIONS:
         test_losses.bench_operation(benchmark, name, "eager", 32, 16)
     assert benchmark.runs == 5 * 8
 
 
 def test_sentences_are_one_line() -> None:
-    assert measure.sentence(RuntimeError("")) == "no message"
-    assert measure.sentence(ValueError("a\nb")) == "ValueError: a"
-    assert len(measure.sentence(RuntimeError("x" * 500))) == 160
+    assert clock.sentence(RuntimeError("")) == "no message"
+    assert clock.sentence(ValueError("a\nb")) == "ValueError: a"
+    assert len(clock.sentence(RuntimeError("x" * 500))) == 160
 
 
-def test_a_machine_has_a_name() -> None:
-    machine = benchmarks.machine("cpu")
-    assert machine["versions"]["torch"] == torch.__version__
-    assert benchmarks.default_output("cpu").name == "cpu.json"
+def test_a_machine_and_an_origin_have_their_facts() -> None:
+    found = machine.machine("cpu")
+    assert found["device"]
+    assert found["memory_gib"] > 0
+    assert machine.origin()["versions"]["torch"] == torch.__version__
 
 
-def test_a_gpu_names_its_file(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(get_device_name=lambda: "NVIDIA H200"))
-    assert benchmarks.default_output("cuda").name == "h200.json"
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name", "expected"),
+    [
+        ("AuthenticAMD", 26, 2, "AMD EPYC", "AMD EPYC (Zen 5)"),
+        ("AuthenticAMD", 25, 17, "AMD EPYC", "AMD EPYC (Zen 4)"),
+        ("AuthenticAMD", 25, 1, "AMD EPYC Processor", "AMD EPYC (Zen 3)"),
+        ("AuthenticAMD", 25, 0x21, "", "AuthenticAMD (Zen 3)"),
+        ("AuthenticAMD", 25, 0xA0, "AMD EPYC", "AMD EPYC (Zen 4)"),
+        ("AuthenticAMD", 23, 49, "AMD EPYC", "AMD EPYC (Zen 2)"),
+        ("AuthenticAMD", 25, 97, "AMD Ryzen 9 7950X 16-Core Processor", "AMD Ryzen 9 7950X"),
+        ("GenuineIntel", 6, 85, "Intel(R) Xeon(R) CPU @ 2.00GHz", "Intel Xeon (family 6, model 85)"),
+        ("GenuineIntel", 6, 143, "Intel(R) Xeon(R) Platinum 8488C", "Intel Xeon Platinum 8488C"),
+    ],
+)
+def test_a_cpu_is_named_by_what_says_something(vendor, family, model, name, expected) -> None:
+    first = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\n"
+    assert (
+        machine.cpu_name(f"{first}flags\t\t: fpu vme\npower management:\n\nprocessor\t: 1\nmodel name\t: x\n")
+        == expected
+    )
+
+
+def test_an_arm_cpu_is_named_by_its_numbers() -> None:
+    cpuinfo = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd40\n"
+    assert machine.cpu_name(cpuinfo) == "Arm (implementer 0x41, part 0xd40)"
+    assert machine.cpu_name("") != ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "file"),
+    [("cpu", "AMD EPYC (Zen 5)", "amd-epyc-zen-5-2t.json"), ("cuda", "NVIDIA H200", "nvidia-h200.json")],
+)
+def test_a_chip_names_its_file(kind: str, name: str, file: str) -> None:
+    assert machine.default_output({"type": kind, "device": name, "threads": 2}).name == file
+
+
+def test_a_gpu_has_its_name(monkeypatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=2**37)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(get_device_properties=lambda index: properties))
+    assert machine.machine("cuda")["device"] == "NVIDIA H200"
+
+
+def test_readme_has_a_section_for_each_chip(stored, tmp_path, monkeypatch) -> None:
+    for name in ("one", "two"):
+        results.save({**stored, "machine": {**stored["machine"], "device": name}}, tmp_path / f"{name}.json")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = readme.render(readme.README.read_text(encoding="utf-8"))
+    assert text.index("**one, ") < text.index("(benchmarks/results/one.png)") < text.index("**two, ")
+    assert [path.name for path in readme.tables()] == ["one.md", "two.md"]
 
 
 def test_readme_shows_the_stored_results() -> None:
