@@ -119,7 +119,7 @@ def main(args: list[str] | None = None) -> int:
         output = options.output or default_output(mine)
         if output.is_dir():
             output /= default_output(mine).name
-        kept = load(output) if output.exists() else {**new}
+        kept = load(output) if output.exists() else new
         if not same_machine(kept, new):
             raise ValueError(f"--output: {output} holds another machine's results, {kept['machine']['device']}")
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,14 @@ from benchmarks.results import RESULTS, Result
 CPUINFO = Path("/proc/cpuinfo")
 # A model name of these words alone, as a hypervisor may give, says nothing of the chip.
 VAGUE = {"amd", "epyc", "ryzen", "intel", "xeon", "core"}
+# AMD's family, models and core, as the Linux kernel tells them apart (arch/x86/kernel/cpu/amd.c).
+ZEN = (
+    (23, (*range(0x30), *range(0x50, 0x60)), "Zen"),
+    (23, (*range(0x30, 0x50), *range(0x60, 0xB0)), "Zen 2"),
+    (25, (*range(0x10), *range(0x20, 0x60)), "Zen 3"),
+    (25, (*range(0x10, 0x20), *range(0x60, 0xB0)), "Zen 4"),
+    (26, (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80)), "Zen 5"),
+)
 
 
 def machine(device: str) -> Result:
@@ -32,12 +39,12 @@ def machine(device: str) -> Result:
     }
 
 
-def origin() -> dict[str, Any]:
+def origin() -> Result:
     """The commit, the date and the versions that a workload is measured with."""
     packages = ("triton", *(provider.package for provider in PEERS if provider.package))
     installed = {package: installed_version(package) for package in packages}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    versions |= {package: version for package, version in installed.items() if version is not None}
+    versions |= {package: found for package, found in installed.items() if found is not None}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {"commit": commit or "unknown", "date": time.strftime("%Y-%m-%d"), "versions": versions}
@@ -55,19 +62,9 @@ def cpu_name(cpuinfo: str) -> str:
     if "cpu family" not in fields:
         return platform.processor() or platform.machine()
     vendor, family, model = fields["vendor_id"], int(fields["cpu family"]), int(fields["model"])
-    generation = _zen(family, model) if vendor == "AuthenticAMD" else None
-    return f"{name or vendor} ({generation or f'family {family}, model {model}'})"
-
-
-def _zen(family: int, model: int) -> str | None:
-    """The core of an AMD chip, as the Linux kernel tells them apart (arch/x86/kernel/cpu/amd.c)."""
-    if family == 23:
-        return "Zen" if model < 0x30 else "Zen 2"
-    if family == 25:
-        return "Zen 3" if model < 0x10 or 0x20 <= model < 0x60 else "Zen 4"
-    if family == 26 and (model < 0x30 or 0x40 <= model < 0x50 or 0x60 <= model < 0x80):
-        return "Zen 5"
-    return None
+    numbers = f"family {family}, model {model}"
+    cores = [core for known, models, core in ZEN if vendor == "AuthenticAMD" and family == known and model in models]
+    return f"{name or vendor} ({cores[0] if cores else numbers})"
 
 
 def default_output(machine: Result) -> Path:

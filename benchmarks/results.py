@@ -71,13 +71,10 @@ def load(path: Path) -> Result:
 
 def save(stored: Result, path: Path) -> None:
     """Write what :func:`load` reads."""
-    cases = [
-        {
-            **case,
-            "results": [{k: v for k, v in key._asdict().items() if v} | row for key, row in case["results"].items()],
-        }
-        for case in stored["workloads"]
-    ]
+    cases = []
+    for case in stored["workloads"]:
+        named = [({k: v for k, v in key._asdict().items() if v}, row) for key, row in case["results"].items()]
+        cases.append({**case, "results": [name | row for name, row in named]})
     write((json.dumps({**stored, "workloads": cases}, indent=1) + "\n").encode(), path)
 
 

@@ -319,6 +319,7 @@ def test_a_machine_and_an_origin_have_their_facts() -> None:
         ("AuthenticAMD", 25, 0x21, "", "AuthenticAMD (Zen 3)"),
         ("AuthenticAMD", 25, 0xA0, "AMD EPYC", "AMD EPYC (Zen 4)"),
         ("AuthenticAMD", 23, 49, "AMD EPYC", "AMD EPYC (Zen 2)"),
+        ("AuthenticAMD", 26, 0x50, "AMD EPYC", "AMD EPYC (family 26, model 80)"),
         ("AuthenticAMD", 25, 97, "AMD Ryzen 9 7950X 16-Core Processor", "AMD Ryzen 9 7950X"),
         ("GenuineIntel", 6, 85, "Intel(R) Xeon(R) CPU @ 2.00GHz", "Intel Xeon (family 6, model 85)"),
         ("GenuineIntel", 6, 143, "Intel(R) Xeon(R) Platinum 8488C", "Intel Xeon Platinum 8488C"),
