@@ -20,20 +20,18 @@ FLOOR_STYLE = {"color": "#222222", "linestyle": ":", "linewidth": 1.4}
 
 
 def styles(keys: list[Key]) -> dict[Key, dict[str, Any]]:
-    """A line style for each provider, in the order of ``keys``."""
-    found: dict[Key, dict[str, Any]] = {}
-    ours = theirs = 0
-    for key in keys:
-        if key == FLOOR:
-            found[key] = {**FLOOR_STYLE, "marker": ""}
-        elif key.ours:
-            found[key] = {"color": OURS[ours % len(OURS)], "linewidth": 2.4, "marker": "o", "zorder": 5}
-            ours += 1
-        else:
-            color, marker = THEIRS[theirs % len(THEIRS)], "sv^D<>pX"[theirs % 8]
-            found[key] = {"color": color, "linewidth": 1.3, "marker": marker, "markersize": 4.5}
-            theirs += 1
-    return found
+    """A line style for each provider."""
+    found: dict[Key, dict[str, Any]] = {FLOOR: {**FLOOR_STYLE, "marker": ""}}
+    for i, key in enumerate(key for key in keys if key.ours):
+        found[key] = {"color": OURS[i % len(OURS)], "linewidth": 2.4, "marker": "o", "zorder": 5}
+    for i, key in enumerate(key for key in keys if key not in found):
+        found[key] = {
+            "color": THEIRS[i % len(THEIRS)],
+            "linewidth": 1.3,
+            "marker": "sv^D<>pX"[i % 8],
+            "markersize": 4.5,
+        }
+    return {key: found[key] for key in keys}
 
 
 def _line(axes: Axes, points: list[tuple[float, float, float, float]], key: Key, style: dict[str, Any]) -> None:

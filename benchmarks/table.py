@@ -160,10 +160,8 @@ def _everywhere(stored: Result) -> dict[Key, str]:
 def absences(stored: Result) -> list[str]:
     """Who took no part and what was left out, a line for each reason."""
     reasons: dict[str, list[str]] = {}
-    for key, why in _everywhere(stored).items():
-        reasons.setdefault(why, []).append(str(key))
-    for what, why in stored["left_out"].items():
-        reasons.setdefault(why, []).append(what)
+    for who, why in (*_everywhere(stored).items(), *stored["left_out"].items()):
+        reasons.setdefault(why, []).append(str(who))
     return [f"{', '.join(who)}: {why}" for why, who in reasons.items()]
 
 
