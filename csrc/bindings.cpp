@@ -1,8 +1,10 @@
-// A table, no logic: addresses and extents go in as integers, a status comes out, the GIL is released meanwhile.
-// _C.pyi names the arguments; kernels.h says what they are.
+// A table, no logic: keyword arguments fill the struct that kernels.h says, a status comes out, the GIL is released
+// meanwhile. An argument that is missing, unknown or of the wrong type is a TypeError.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -11,19 +13,119 @@ using namespace modest_align;
 
 namespace {
 
-// An address that Python took from a tensor; 0 is a null pointer.
-using Address = std::uintptr_t;
+// Addresses are integers, 0 a null pointer.
+template <class T>
+void read(py::handle value, T*& field) {
+  field = reinterpret_cast<T*>(value.cast<std::uintptr_t>());
+}
+void read(py::handle value, Dtype& field) { field = static_cast<Dtype>(value.cast<int>()); }
+template <class T>
+void read(py::handle value, T& field) {
+  field = value.cast<T>();
+}
 
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+template <class Arguments>
+struct Field {
+  const char* name;
+  void (*set)(Arguments&, py::handle);
+  PyObject* key = PyUnicode_InternFromString(name);
+};
+
+template <class Arguments>
+using Fields = std::vector<Field<Arguments>>;
+
+template <class Arguments>
+Fields<Arguments> operator+(Fields<Arguments> fields, const Fields<Arguments>& more) {
+  fields.insert(fields.end(), more.begin(), more.end());
+  return fields;
+}
+
+template <class Arguments>
+Arguments parse(const std::string& function, const Fields<Arguments>& fields, const py::kwargs& given) {
+  Arguments arguments{};
+  for (const Field<Arguments>& field : fields) {
+    PyObject* value = PyDict_GetItem(given.ptr(), field.key);
+    if (!value) throw py::type_error(function + ": got no argument " + field.name);
+    try {
+      field.set(arguments, value);
+    } catch (const py::cast_error&) {
+      throw py::type_error(function + ": " + field.name + ": got " + Py_TYPE(value)->tp_name);
+    }
+  }
+  if (given.size() == fields.size()) return arguments;
+  for (const auto& item : given) {
+    const std::string name = py::str(item.first);
+    bool known = false;
+    for (const Field<Arguments>& field : fields) known = known || name == field.name;
+    if (!known) throw py::type_error(function + ": got the unknown argument " + name);
+  }
+  return arguments;
+}
+
+// The docstring names the arguments, for a test that compares _C.pyi.
+template <class Arguments, class Function>
+void define(py::module_& m, const std::string& name, const Fields<Arguments>& fields, Function function) {
+  std::string doc = name + "(*";
+  for (const Field<Arguments>& field : fields) doc += std::string(", ") + field.name;
+  m.def(
+      name.c_str(),
+      [name, fields, function](const py::kwargs& given) {
+        const Arguments arguments = parse(name, fields, given);
+        const py::gil_scoped_release release;
+        return function(arguments);
+      },
+      (doc + ")").c_str());
+}
+
+#define FIELD(name) {#name, [](auto& arguments, py::handle value) { read(value, arguments.name); }}
+
+template <class A>
+Fields<A> threads() {
+  return {FIELD(threads)};
+}
+
+template <class A>
+Fields<A> device() {
+  return {FIELD(device), FIELD(cuda_stream)};
+}
+
+template <class A>
+Fields<A> extents() {
+  return {FIELD(rows), FIELD(columns), FIELD(col_count)};
+}
+
+template <class A>
+Fields<A> logits() {
+  return Fields<A>{FIELD(x_hat),   FIELD(y_hat),   FIELD(operand_dtype),   FIELD(scale),
+                   FIELD(row_ids), FIELD(col_ids), FIELD(exclude_diagonal)} +
+         extents<A>() + Fields<A>{FIELD(width)};
+}
+
+template <class A>
+Fields<A> softmaxes() {
+  return logits<A>() + Fields<A>{FIELD(row_lse), FIELD(col_lse), FIELD(row_weight), FIELD(col_weight)};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  using Release = py::call_guard<py::gil_scoped_release>;
-  using std::int64_t;
+  py::options options;
+  options.disable_function_signatures();
+
+  const Fields<PerturbNormalize> perturb_normalize{
+      FIELD(x),        FIELD(x_dtype),   FIELD(row_stride),    FIELD(feature_stride),
+      FIELD(seed),     FIELD(noise_std), FIELD(noise_stream),  FIELD(relative_noise),
+      FIELD(pair_hat), FIELD(x_hat),     FIELD(operand_dtype), FIELD(inv_norm),
+      FIELD(pair_dot), FIELD(rows),      FIELD(pairs),         FIELD(features),
+      FIELD(width)};
+  const Fields<PerturbNormalizeBackward> perturb_normalize_backward{
+      FIELD(grad),        FIELD(x_hat),  FIELD(operand_dtype), FIELD(inv_norm), FIELD(pair_hat),
+      FIELD(pair_weight), FIELD(offset), FIELD(factor),        FIELD(dx),       FIELD(dx_dtype),
+      FIELD(row_dot),     FIELD(rows),   FIELD(pairs),         FIELD(features), FIELD(width)};
+  using Stats = ContrastiveStats;
+  using Grads = ContrastiveGrads;
+  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
+  const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y), FIELD(workspace)};
 
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
@@ -33,116 +135,41 @@ PYBIND11_MODULE(_C, m) {
     for (const char* const* level = cpu_levels(); *level; ++level) names.append(*level);
     return names;
   });
-  m.def(
-      "cpu_perturb_normalize",
-      [](Address x, int x_dtype, Address seed, int stream, float noise_std, bool relative_noise, Address x_hat,
-         int operand_dtype, Address inv_norm, int64_t rows, int64_t features, int64_t width, int threads) {
-        cpu_kernels().perturb_normalize(at<void>(x), Dtype(x_dtype), at<int64_t>(seed), stream, noise_std,
-                                        relative_noise, at<void>(x_hat), Dtype(operand_dtype), at<float>(inv_norm),
-                                        rows, features, width, threads);
-      },
-      Release());
-  m.def(
-      "cpu_perturb_normalize_backward",
-      [](Address grad, Address x_hat, int operand_dtype, Address inv_norm, Address pair_hat, Address pair_weight,
-         Address offset, Address factor, Address dx, int dx_dtype, Address row_dot, int64_t rows, int64_t pairs,
-         int64_t features, int64_t width, int threads) {
-        cpu_kernels().perturb_normalize_backward(
-            at<float>(grad), at<void>(x_hat), Dtype(operand_dtype), at<float>(inv_norm), at<void>(pair_hat),
-            at<float>(pair_weight), at<float>(offset), at<float>(factor), at<void>(dx), Dtype(dx_dtype),
-            at<float>(row_dot), rows, pairs, features, width, threads);
-      },
-      Release());
-  m.def(
-      "cpu_contrastive_stats",
-      [](Address x_hat, Address y_hat, int operand_dtype, Address scale, Address ids, bool symmetric, Address positive,
-         Address row_lse, Address col_lse, int64_t rows, int64_t columns, int64_t width, Address workspace,
-         int threads) {
-        cpu_kernels().contrastive_stats(at<void>(x_hat), at<void>(y_hat), Dtype(operand_dtype), at<float>(scale),
-                                        at<std::int32_t>(ids), symmetric, at<float>(positive), at<float>(row_lse),
-                                        at<float>(col_lse), rows, columns, width, at<void>(workspace), threads);
-      },
-      Release());
-  m.def(
-      "cpu_contrastive_grads",
-      [](Address x_hat, Address y_hat, int operand_dtype, Address scale, Address row_lse, Address col_lse, Address ids,
-         Address grad_x, Address grad_y, int64_t rows, int64_t columns, int64_t width, Address workspace,
-         int threads) {
-        cpu_kernels().contrastive_grads(at<void>(x_hat), at<void>(y_hat), Dtype(operand_dtype), at<float>(scale),
-                                        at<float>(row_lse), at<float>(col_lse), at<std::int32_t>(ids),
-                                        at<float>(grad_x), at<float>(grad_y), rows, columns, width,
-                                        at<void>(workspace), threads);
-      },
-      Release());
-  m.def("cpu_contrastive_stats_workspace",
-        [](int64_t rows, int64_t columns, int64_t width, int operand_dtype, int threads) {
-          return cpu_kernels().contrastive_stats_workspace(rows, columns, width, Dtype(operand_dtype), threads);
-        });
-  m.def("cpu_contrastive_grads_workspace",
-        [](int64_t rows, int64_t columns, int64_t width, int operand_dtype, int threads) {
-          return cpu_kernels().contrastive_grads_workspace(rows, columns, width, Dtype(operand_dtype), threads);
-        });
+  define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
+         [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
+  define(m, "cpu_perturb_normalize_backward", perturb_normalize_backward + threads<PerturbNormalizeBackward>(),
+         [](const PerturbNormalizeBackward& a) { cpu_kernels().perturb_normalize_backward(a); });
+  define(m, "cpu_contrastive_stats", stats + threads<Stats>(),
+         [](const Stats& a) { cpu_kernels().contrastive_stats(a); });
+  define(m, "cpu_contrastive_grads", grads + threads<Grads>(),
+         [](const Grads& a) { cpu_kernels().contrastive_grads(a); });
+  define(m, "cpu_contrastive_stats_workspace",
+         extents<Stats>() + Fields<Stats>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
+         [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
+  define(m, "cpu_contrastive_grads_workspace",
+         extents<Grads>() + Fields<Grads>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
+         [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
+
 #ifdef MODEST_ALIGN_CUDA
   m.attr("cuda") = true;
   m.def("cuda_error_string", &cuda::error_string);
-  m.def(
-      "cuda_perturb_normalize",
-      [](Address x, int x_dtype, int64_t row_stride, int64_t feature_stride, Address seed, int noise_stream,
-         float noise_std, bool relative_noise, Address x_hat, Address inv_norm, int64_t rows, int64_t features,
-         int64_t width, int device, Address cuda_stream) {
-        return cuda::perturb_normalize(at<void>(x), Dtype(x_dtype), row_stride, feature_stride, at<int64_t>(seed),
-                                       noise_stream, noise_std, relative_noise, at<void>(x_hat), at<float>(inv_norm),
-                                       rows, features, width, device, at<void>(cuda_stream));
-      },
-      Release());
-  m.def(
-      "cuda_perturb_normalize_backward",
-      [](Address grad, Address x_hat, Address inv_norm, Address pair_hat, Address pair_weight, Address offset,
-         Address factor, Address dx, int dx_dtype, Address row_dot, int64_t rows, int64_t pairs, int64_t features,
-         int64_t width, int device, Address cuda_stream) {
-        return cuda::perturb_normalize_backward(
-            at<float>(grad), at<void>(x_hat), at<float>(inv_norm), at<void>(pair_hat), at<float>(pair_weight),
-            at<float>(offset), at<float>(factor), at<void>(dx), Dtype(dx_dtype), at<float>(row_dot), rows, pairs,
-            features, width, device, at<void>(cuda_stream));
-      },
-      Release());
+  define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
+  define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<PerturbNormalizeBackward>(),
+         cuda::perturb_normalize_backward);
 #else
   m.attr("cuda") = false;
 #endif
 #ifdef MODEST_ALIGN_SM90A
   m.attr("cuda_sm90a") = true;
-  m.def(
-      "cuda_contrastive_stats",
-      [](Address x_hat, Address y_hat, Address scale, Address ids, bool symmetric, Address positive, Address row_lse,
-         Address col_lse, int64_t rows, int64_t columns, int64_t width, Address workspace,
-         int64_t workspace_bytes, int device, Address cuda_stream) {
-        return cuda::contrastive_stats(at<void>(x_hat), at<void>(y_hat), at<float>(scale), at<std::int32_t>(ids),
-                                       symmetric, at<float>(positive), at<float>(row_lse), at<float>(col_lse), rows,
-                                       columns, width, at<void>(workspace), workspace_bytes, device,
-                                       at<void>(cuda_stream));
-      },
-      Release());
-  m.def("cuda_contrastive_stats_workspace", &cuda::contrastive_stats_workspace);
-  m.def(
-      "cuda_contrastive_weights",
-      [](Address scale, Address row_lse, Address col_lse, Address row_weight, Address col_weight, int64_t rows,
-         int64_t columns, int device, Address cuda_stream) {
-        return cuda::contrastive_weights(at<float>(scale), at<float>(row_lse), at<float>(col_lse),
-                                         at<float>(row_weight), at<float>(col_weight), rows, columns, device,
-                                         at<void>(cuda_stream));
-      },
-      Release());
-  m.def(
-      "cuda_contrastive_probabilities",
-      [](Address x_hat, Address y_hat, Address scale, Address row_lse, Address col_lse, Address row_weight,
-         Address col_weight, Address ids, Address probabilities, int64_t stride, int64_t first_row, int64_t rows,
-         int64_t first_column, int64_t columns, int64_t paired, int64_t width, int device, Address cuda_stream) {
-        return cuda::contrastive_probabilities(
-            at<void>(x_hat), at<void>(y_hat), at<float>(scale), at<float>(row_lse), at<float>(col_lse),
-            at<float>(row_weight), at<float>(col_weight), at<std::int32_t>(ids), at<void>(probabilities), stride,
-            first_row, rows, first_column, columns, paired, width, device, at<void>(cuda_stream));
-      },
-      Release());
+  using G = cuda::ContrastiveG;
+  const Fields<Stats> limit{FIELD(workspace_bytes)};
+  define(m, "cuda_contrastive_stats", stats + limit + device<Stats>(), cuda::contrastive_stats);
+  define(m, "cuda_contrastive_stats_workspace", extents<Stats>() + limit, cuda::contrastive_stats_workspace);
+  const Fields<G> factors{FIELD(row_factor), FIELD(col_factor)};
+  const Fields<G> block{FIELD(g),          FIELD(g_stride),     FIELD(first_row),
+                        FIELD(block_rows), FIELD(first_column), FIELD(block_columns)};
+  define(m, "cuda_softmax_factors", softmaxes<G>() + factors + device<G>(), cuda::softmax_factors);
+  define(m, "cuda_contrastive_g", softmaxes<G>() + factors + block + device<G>(), cuda::contrastive_g);
 #else
   m.attr("cuda_sm90a") = false;
 #endif

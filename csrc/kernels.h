@@ -1,7 +1,8 @@
 // The whole ABI of the compiled kernels: addresses and extents in, a status out. Nothing here knows of torch.
 //
-// Every matrix is row-major and contiguous. Extents are numbers of elements. What the functions compute is said once, in
-// modest_align_kernels/backends/eager.py; the names are the same.
+// Every matrix is row-major and contiguous unless it has a stride; extents and strides are numbers of elements. A
+// function's arguments are one struct, whose fields are also the names that Python gives (bindings.cpp). What the
+// functions compute is said once, in modest_align_kernels/backends/eager.py; the names are the same.
 #pragma once
 
 #include <cstdint>
@@ -10,42 +11,90 @@ namespace modest_align {
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// The kernels for a CPU, compiled for one instruction set. `width` is the row length of x_hat and y_hat, a multiple of
-// 16; features past D are zero. Operands are float32 or, where `bfloat16` says so, bfloat16. `threads` is an upper
-// limit; for a given number every run has the same result bit for bit.
+// Where a function runs.
+struct Where {
+  int threads;        // of a CPU, at most; for a given number every run has the same result bit for bit
+  int device;         // of a GPU; all addresses are of its memory
+  void* cuda_stream;  // a cudaStream_t
+};
+
+// width, here and below: the row length of x_hat and y_hat, a multiple of 64; features past D are zero. On a GPU
+// operands are float16, width is at most 16,384, and their addresses are aligned to 16 bytes.
+struct PerturbNormalize : Where {
+  const void* x;  // [rows, features], of float32 or bfloat16 on a CPU
+  Dtype x_dtype;
+  std::int64_t row_stride, feature_stride;  // the latter is 1 on a CPU
+  const std::int64_t* seed;                 // [1]; null draws no noise
+  const float* noise_std;                   // [1]; null beside no seed
+  int noise_stream;
+  bool relative_noise;
+  const void* pair_hat;  // [pairs, width]
+  void* x_hat;           // written, [rows, width]
+  Dtype operand_dtype;
+  float* inv_norm;  // written, [rows]
+  float* pair_dot;  // written, [pairs]
+  std::int64_t rows, pairs, features, width;
+};
+
+struct PerturbNormalizeBackward : Where {
+  const float* grad;  // [rows, width]
+  const void* x_hat;  // [rows, width]
+  Dtype operand_dtype;
+  const float* inv_norm;     // [rows]
+  const void* pair_hat;      // [pairs, width]
+  const float* pair_weight;  // [pairs]
+  const float* offset;       // [2, width]
+  const float* factor;       // [1]
+  void* dx;                  // written, [rows, features], of float32 or bfloat16 on a CPU
+  Dtype dx_dtype;
+  float* row_dot;  // written, [rows]
+  std::int64_t rows, pairs, features, width;
+};
+
+// The matrix of logits; rows and columns number less than 2^31.
+struct Logits : Where {
+  const void* x_hat;  // [rows, width]
+  const void* y_hat;  // [columns, width]
+  Dtype operand_dtype;
+  const float* scale;           // [1]
+  const std::int32_t* row_ids;  // [rows]; null beside null: no pair is excluded by its ids
+  const std::int32_t* col_ids;  // [columns]
+  bool exclude_diagonal;
+  std::int64_t rows, columns, col_count, width;
+};
+
+struct ContrastiveStats : Logits {
+  float* row_lse;                // written, [rows]
+  float* col_lse;                // written, [col_count]
+  void* workspace;               // aligned to 64 bytes
+  std::int64_t workspace_bytes;  // on a GPU: what the workspace should be at most
+};
+
+// With weighted softmaxes of the rows and of the first col_count columns.
+struct Softmaxes : Logits {
+  const float* row_lse;     // [rows]
+  const float* col_lse;     // [col_count]
+  const float* row_weight;  // [rows]
+  const float* col_weight;  // [col_count]
+};
+
+struct ContrastiveGrads : Softmaxes {
+  float* grad_x;    // written, [rows, width], or null
+  float* grad_y;    // written, [columns, width], or null
+  void* workspace;  // aligned to 64 bytes
+};
+
+// The kernels for a CPU, compiled for one instruction set.
 struct CpuKernels {
   const char* level;
-  bool bfloat16;
-
-  // x [rows, features] float32 or bfloat16; seed null draws no noise; x_hat [rows, width]; inv_norm [rows].
-  void (*perturb_normalize)(const void* x, Dtype x_dtype, const std::int64_t* seed, int stream, float noise_std,
-                            bool relative_noise, void* x_hat, Dtype operand_dtype, float* inv_norm, std::int64_t rows,
-                            std::int64_t features, std::int64_t width, int threads);
-
-  // grad [rows, width], pair_hat [pairs, width], pair_weight [pairs], offset [2, width]; dx [rows, features] float32 or
-  // bfloat16; row_dot [rows].
-  void (*perturb_normalize_backward)(const float* grad, const void* x_hat, Dtype operand_dtype, const float* inv_norm,
-                                     const void* pair_hat, const float* pair_weight, const float* offset,
-                                     const float* factor, void* dx, Dtype dx_dtype, float* row_dot, std::int64_t rows,
-                                     std::int64_t pairs, std::int64_t features, std::int64_t width, int threads);
-
-  // ids [columns]: row i and column j are no negatives of each other where ids[i] == ids[j]. positive, row_lse and
-  // col_lse [rows].
-  void (*contrastive_stats)(const void* x_hat, const void* y_hat, Dtype operand_dtype, const float* scale,
-                            const std::int32_t* ids, bool symmetric, float* positive, float* row_lse, float* col_lse,
-                            std::int64_t rows, std::int64_t columns, std::int64_t width, void* workspace, int threads);
-
-  // row_lse and col_lse [rows]; grad_x [rows, width] and grad_y [columns, width], either may be null.
-  void (*contrastive_grads)(const void* x_hat, const void* y_hat, Dtype operand_dtype, const float* scale,
-                            const float* row_lse, const float* col_lse, const std::int32_t* ids, float* grad_x,
-                            float* grad_y, std::int64_t rows, std::int64_t columns, std::int64_t width, void* workspace,
-                            int threads);
-
-  // Bytes of the workspaces of the two functions above, aligned to 64.
-  std::int64_t (*contrastive_stats_workspace)(std::int64_t rows, std::int64_t columns, std::int64_t width,
-                                              Dtype operand_dtype, int threads);
-  std::int64_t (*contrastive_grads_workspace)(std::int64_t rows, std::int64_t columns, std::int64_t width,
-                                              Dtype operand_dtype, int threads);
+  bool bfloat16;  // whether operands may be bfloat16; float32 they always may
+  void (*perturb_normalize)(const PerturbNormalize&);
+  void (*perturb_normalize_backward)(const PerturbNormalizeBackward&);
+  void (*contrastive_stats)(const ContrastiveStats&);
+  void (*contrastive_grads)(const ContrastiveGrads&);
+  // Bytes of the workspaces of the two above, from extents, operand_dtype and threads alone.
+  std::int64_t (*contrastive_stats_workspace)(const ContrastiveStats&);
+  std::int64_t (*contrastive_grads_workspace)(const ContrastiveGrads&);
 };
 
 // The kernels for the best instruction set of this machine, or for the one that was chosen last.
@@ -56,52 +105,31 @@ bool set_cpu_level(const char* level);
 const char* const* cpu_levels();
 
 #ifdef MODEST_ALIGN_CUDA
-// The kernels for NVIDIA GPUs. Addresses are those of one device's memory; `cuda_stream` is a cudaStream_t, on which
-// everything runs. The status is a cudaError_t: that of the first call or launch that failed, or cudaSuccess (0).
-// `width` is the row length of x_hat and y_hat, which are float16: a multiple of 64, at most 16,384; features past D
-// are zero. Addresses of matrices but `x` and `dx` are aligned to 16 bytes.
+// The kernels for NVIDIA GPUs. The status is a cudaError_t: that of the first call or launch that failed, or
+// cudaSuccess (0).
 namespace cuda {
 
 const char* error_string(int status);
-
-// x [rows, features] of x_dtype, strides in elements; seed null draws no noise; x_hat [rows, width]; inv_norm [rows].
-int perturb_normalize(const void* x, Dtype x_dtype, std::int64_t row_stride, std::int64_t feature_stride,
-                      const std::int64_t* seed, int noise_stream, float noise_std, bool relative_noise, void* x_hat,
-                      float* inv_norm, std::int64_t rows, std::int64_t features, std::int64_t width, int device,
-                      void* cuda_stream);
-
-// grad [rows, width], pair_hat [pairs, width], pair_weight [pairs], offset [2, width], factor [1]; dx [rows, features]
-// of dx_dtype; row_dot [rows].
-int perturb_normalize_backward(const float* grad, const void* x_hat, const float* inv_norm, const void* pair_hat,
-                               const float* pair_weight, const float* offset, const float* factor, void* dx,
-                               Dtype dx_dtype, float* row_dot, std::int64_t rows, std::int64_t pairs,
-                               std::int64_t features, std::int64_t width, int device, void* cuda_stream);
+int perturb_normalize(const PerturbNormalize&);
+int perturb_normalize_backward(const PerturbNormalizeBackward&);
 
 #ifdef MODEST_ALIGN_SM90A
-// For compute capability 9.0. scale [1]; ids [columns]: row i and column j are no negatives of each other where
-// ids[i] == ids[j]; null leaves out the diagonal alone. positive, row_lse and col_lse [rows]. Rows and columns number
-// less than 2^31.
-int contrastive_stats(const void* x_hat, const void* y_hat, const float* scale, const std::int32_t* ids, bool symmetric,
-                      float* positive, float* row_lse, float* col_lse, std::int64_t rows, std::int64_t columns,
-                      std::int64_t width, void* workspace, std::int64_t workspace_bytes, int device,
-                      void* cuda_stream);
+// For compute capability 9.0.
+int contrastive_stats(const ContrastiveStats&);
 // Bytes of its workspace: at most `workspace_bytes`, if 256 rows at a time can do with so few.
-std::int64_t contrastive_stats_workspace(std::int64_t rows, std::int64_t columns, bool symmetric,
-                                         std::int64_t workspace_bytes);
+std::int64_t contrastive_stats_workspace(const ContrastiveStats&);
 
-// What contrastive_probabilities needs of all rows and columns: row_lse and col_lse [rows], row_weight [rows],
-// col_weight [columns].
-int contrastive_weights(const float* scale, const float* row_lse, const float* col_lse, float* row_weight,
-                        float* col_weight, std::int64_t rows, std::int64_t columns, int device, void* cuda_stream);
-
-// The block of 2^10 G with `rows` rows from first_row and `columns` columns from first_column, as float16 with `stride`
-// elements from row to row, a multiple of 8. Whole tiles of 128 x 256 are written, zero past the block. x_hat, y_hat,
-// ids, the logsumexps and the weights are those of all pairs; col_lse has `paired` elements.
-int contrastive_probabilities(const void* x_hat, const void* y_hat, const float* scale, const float* row_lse,
-                              const float* col_lse, const float* row_weight, const float* col_weight,
-                              const std::int32_t* ids, void* probabilities, std::int64_t stride, std::int64_t first_row,
-                              std::int64_t rows, std::int64_t first_column, std::int64_t columns, std::int64_t paired,
-                              std::int64_t width, int device, void* cuda_stream);
+// A block of 2^10 G. The addresses in Softmaxes are those of all pairs.
+struct ContrastiveG : Softmaxes {
+  float* row_factor;  // [rows] and [columns]: written by softmax_factors, read by contrastive_g
+  float* col_factor;
+  void* g;                // written, float16: whole tiles of 128 x 256, zero past the block
+  std::int64_t g_stride;  // from row to row, a multiple of 8
+  std::int64_t first_row, block_rows, first_column, block_columns;
+};
+// What contrastive_g needs of all rows and columns.
+int softmax_factors(const ContrastiveG&);
+int contrastive_g(const ContrastiveG&);
 #endif  // MODEST_ALIGN_SM90A
 
 }  // namespace cuda

@@ -1,4 +1,114 @@
-"""The compiled kernels: csrc/kernels.h. Addresses are integers; dtypes are the codes of its Dtype."""
+"""The compiled kernels: csrc/kernels.h says what the arguments are, in structs of the same names.
+
+Addresses are integers, 0 a null pointer; dtypes are the codes of its Dtype.
+"""
+
+from typing import TypedDict
+
+from typing_extensions import Unpack
+
+class Extents(TypedDict):
+    rows: int
+    columns: int
+    col_count: int
+
+class Logits(Extents):
+    x_hat: int
+    y_hat: int
+    operand_dtype: int
+    scale: int
+    row_ids: int
+    col_ids: int
+    exclude_diagonal: bool
+    width: int
+
+class ContrastiveStats(Logits):
+    row_lse: int
+    col_lse: int
+    workspace: int
+
+class Softmaxes(Logits):
+    row_lse: int
+    col_lse: int
+    row_weight: int
+    col_weight: int
+
+class PerturbNormalize(TypedDict):
+    x: int
+    x_dtype: int
+    row_stride: int
+    feature_stride: int
+    seed: int
+    noise_std: int
+    noise_stream: int
+    relative_noise: bool
+    pair_hat: int
+    x_hat: int
+    operand_dtype: int
+    inv_norm: int
+    pair_dot: int
+    rows: int
+    pairs: int
+    features: int
+    width: int
+
+class PerturbNormalizeBackward(TypedDict):
+    grad: int
+    x_hat: int
+    operand_dtype: int
+    inv_norm: int
+    pair_hat: int
+    pair_weight: int
+    offset: int
+    factor: int
+    dx: int
+    dx_dtype: int
+    row_dot: int
+    rows: int
+    pairs: int
+    features: int
+    width: int
+
+class OnCpu(TypedDict):
+    threads: int
+
+class OnCuda(TypedDict):
+    device: int
+    cuda_stream: int
+
+class CpuPerturbNormalize(PerturbNormalize, OnCpu): ...
+class CpuPerturbNormalizeBackward(PerturbNormalizeBackward, OnCpu): ...
+class CpuContrastiveStats(ContrastiveStats, OnCpu): ...
+
+class CpuContrastiveGrads(Softmaxes, OnCpu):
+    grad_x: int
+    grad_y: int
+    workspace: int
+
+class CpuWorkspace(Extents, OnCpu):
+    width: int
+    operand_dtype: int
+
+class CudaPerturbNormalize(PerturbNormalize, OnCuda): ...
+class CudaPerturbNormalizeBackward(PerturbNormalizeBackward, OnCuda): ...
+
+class CudaContrastiveStats(ContrastiveStats, OnCuda):
+    workspace_bytes: int
+
+class CudaWorkspace(Extents):
+    workspace_bytes: int
+
+class SoftmaxFactors(Softmaxes, OnCuda):
+    row_factor: int
+    col_factor: int
+
+class ContrastiveG(SoftmaxFactors):
+    g: int
+    g_stride: int
+    first_row: int
+    block_rows: int
+    first_column: int
+    block_columns: int
 
 cuda: bool
 cuda_sm90a: bool
@@ -7,155 +117,16 @@ def cpu_level() -> str: ...
 def cpu_levels() -> list[str]: ...
 def set_cpu_level(level: str) -> bool: ...
 def cpu_bfloat16() -> bool: ...
-def cpu_perturb_normalize(
-    x: int,
-    x_dtype: int,
-    seed: int,
-    stream: int,
-    noise_std: float,
-    relative_noise: bool,
-    x_hat: int,
-    operand_dtype: int,
-    inv_norm: int,
-    rows: int,
-    features: int,
-    width: int,
-    threads: int,
-) -> None: ...
-def cpu_perturb_normalize_backward(
-    grad: int,
-    x_hat: int,
-    operand_dtype: int,
-    inv_norm: int,
-    pair_hat: int,
-    pair_weight: int,
-    offset: int,
-    factor: int,
-    dx: int,
-    dx_dtype: int,
-    row_dot: int,
-    rows: int,
-    pairs: int,
-    features: int,
-    width: int,
-    threads: int,
-) -> None: ...
-def cpu_contrastive_stats(
-    x_hat: int,
-    y_hat: int,
-    operand_dtype: int,
-    scale: int,
-    ids: int,
-    symmetric: bool,
-    positive: int,
-    row_lse: int,
-    col_lse: int,
-    rows: int,
-    columns: int,
-    width: int,
-    workspace: int,
-    threads: int,
-) -> None: ...
-def cpu_contrastive_grads(
-    x_hat: int,
-    y_hat: int,
-    operand_dtype: int,
-    scale: int,
-    row_lse: int,
-    col_lse: int,
-    ids: int,
-    grad_x: int,
-    grad_y: int,
-    rows: int,
-    columns: int,
-    width: int,
-    workspace: int,
-    threads: int,
-) -> None: ...
-def cpu_contrastive_stats_workspace(rows: int, columns: int, width: int, operand_dtype: int, threads: int) -> int: ...
-def cpu_contrastive_grads_workspace(rows: int, columns: int, width: int, operand_dtype: int, threads: int) -> int: ...
+def cpu_perturb_normalize(**arguments: Unpack[CpuPerturbNormalize]) -> None: ...
+def cpu_perturb_normalize_backward(**arguments: Unpack[CpuPerturbNormalizeBackward]) -> None: ...
+def cpu_contrastive_stats(**arguments: Unpack[CpuContrastiveStats]) -> None: ...
+def cpu_contrastive_grads(**arguments: Unpack[CpuContrastiveGrads]) -> None: ...
+def cpu_contrastive_stats_workspace(**arguments: Unpack[CpuWorkspace]) -> int: ...
+def cpu_contrastive_grads_workspace(**arguments: Unpack[CpuWorkspace]) -> int: ...
 def cuda_error_string(status: int) -> str: ...
-def cuda_perturb_normalize(
-    x: int,
-    x_dtype: int,
-    row_stride: int,
-    feature_stride: int,
-    seed: int,
-    noise_stream: int,
-    noise_std: float,
-    relative_noise: bool,
-    x_hat: int,
-    inv_norm: int,
-    rows: int,
-    features: int,
-    width: int,
-    device: int,
-    cuda_stream: int,
-) -> int: ...
-def cuda_perturb_normalize_backward(
-    grad: int,
-    x_hat: int,
-    inv_norm: int,
-    pair_hat: int,
-    pair_weight: int,
-    offset: int,
-    factor: int,
-    dx: int,
-    dx_dtype: int,
-    row_dot: int,
-    rows: int,
-    pairs: int,
-    features: int,
-    width: int,
-    device: int,
-    cuda_stream: int,
-) -> int: ...
-def cuda_contrastive_stats(
-    x_hat: int,
-    y_hat: int,
-    scale: int,
-    ids: int,
-    symmetric: bool,
-    positive: int,
-    row_lse: int,
-    col_lse: int,
-    rows: int,
-    columns: int,
-    width: int,
-    workspace: int,
-    workspace_bytes: int,
-    device: int,
-    cuda_stream: int,
-) -> int: ...
-def cuda_contrastive_stats_workspace(rows: int, columns: int, symmetric: bool, workspace_bytes: int) -> int: ...
-def cuda_contrastive_weights(
-    scale: int,
-    row_lse: int,
-    col_lse: int,
-    row_weight: int,
-    col_weight: int,
-    rows: int,
-    columns: int,
-    device: int,
-    cuda_stream: int,
-) -> int: ...
-def cuda_contrastive_probabilities(
-    x_hat: int,
-    y_hat: int,
-    scale: int,
-    row_lse: int,
-    col_lse: int,
-    row_weight: int,
-    col_weight: int,
-    ids: int,
-    probabilities: int,
-    stride: int,
-    first_row: int,
-    rows: int,
-    first_column: int,
-    columns: int,
-    paired: int,
-    width: int,
-    device: int,
-    cuda_stream: int,
-) -> int: ...
+def cuda_perturb_normalize(**arguments: Unpack[CudaPerturbNormalize]) -> int: ...
+def cuda_perturb_normalize_backward(**arguments: Unpack[CudaPerturbNormalizeBackward]) -> int: ...
+def cuda_contrastive_stats(**arguments: Unpack[CudaContrastiveStats]) -> int: ...
+def cuda_contrastive_stats_workspace(**arguments: Unpack[CudaWorkspace]) -> int: ...
+def cuda_softmax_factors(**arguments: Unpack[SoftmaxFactors]) -> int: ...
+def cuda_contrastive_g(**arguments: Unpack[ContrastiveG]) -> int: ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels import dispatch
-from modest_align_kernels.autograd import ContrastiveLoss, number_groups
+from modest_align_kernels.autograd import ContrastiveLoss, Options, number_groups
 from modest_align_kernels.backends import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def modest_align_loss(
     noise_std: float = 0.0,
     relative_noise: bool = False,
     smoothing: Tensor | float = 0.0,
-    group_ids: Tensor | None = None,
+    group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     symmetric: bool = True,
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
@@ -53,15 +53,15 @@ def modest_align_loss(
     Args:
         image_features: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised.
         text_features: [N, D], N >= B, on the same device; row i < B is the positive of image i. Rows past B are extra
-            negatives (a memory bank, hard negatives) of every image, never masked by ``group_ids``, without a loss
-            of their own.
+            negatives (a memory bank, hard negatives) of every image, without a loss of their own.
         logit_scale: s > 0, the inverse temperature, already exponentiated: a float or a 0-dim tensor.
         noise_std: standard deviation of Gaussian noise added to every feature before the normalisation, in units of
             the features. 0 adds none. Noise on D features adds about ``noise_std * sqrt(D)`` to a row's norm.
         relative_noise: ``noise_std`` is in units of each row's root mean square, which the gradient holds constant.
         smoothing: a in [0, 1], the target's mass on the negatives: a float or a 0-dim tensor, for schedules (a
             tensor's value is not checked: that would wait for the GPU). A row without negatives keeps its mass.
-        group_ids: integers [B]; pairs with equal id are not each other's negatives.
+        group_ids: integers [B]; pairs with equal id are not each other's negatives. Or a tuple, integers [B] of the
+            images and [N] of all texts: a text is no negative of an image with its id, which excludes texts past B too.
         symmetric: False keeps only the image-to-text direction, with weight 1.
         process_group: not None raises NotImplementedError in this version.
         backend: "auto", or a name of :func:`available_backends`.
@@ -80,14 +80,14 @@ def modest_align_loss(
     check_number("noise_std", noise_std, "a finite float >= 0", lambda value: 0 <= value < math.inf, tensor=False)
     check_number("logit_scale", logit_scale, "a finite float > 0 or a 0-dim tensor", lambda value: 0 < value < math.inf)
     check_number("smoothing", smoothing, "a float in [0, 1] or a 0-dim tensor", lambda value: 0 <= value <= 1)
-    if group_ids is not None:
-        _check_group_ids(group_ids, image_features)
-        group_ids = number_groups(group_ids)
+    given_ids = _check_group_ids(group_ids, image_features, text_features)
     if process_group is not None:
         raise NotImplementedError(
             "process_group: the loss over several ranks is not part of this version, want None for this rank's pairs"
         )
-    features_dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+    features_dtype = image_features.dtype
+    if text_features.dtype != features_dtype:
+        features_dtype = torch.promote_types(features_dtype, text_features.dtype)
     backend = dispatch.choose(backend, device, features_dtype, image_features.shape[1])
     operand_dtype = dispatch.operand_dtype(features_dtype, device, backend)
     dtype = accumulation_dtype(operand_dtype)
@@ -97,19 +97,17 @@ def modest_align_loss(
     if rows == 0:
         # Sums over nothing, so that whoever asks for gradients gets zeros.
         return image_features.to(dtype).sum() + text_features[:0].to(dtype).sum() + 0.0 * scale
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if noise_std > 0 else None
+    row_ids, col_ids, paired_groups = None, None, False
+    if given_ids is not None:
+        row_ids, col_ids = number_groups(*given_ids, text_features.shape[0])
+        paired_groups = given_ids[1] is None
+    seed = noise = None
+    if noise_std > 0:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+        noise = _as_tensor(noise_std, dtype, device)
+    options = Options(relative_noise, symmetric, paired_groups, operand_dtype, backend)
     loss: Tensor = ContrastiveLoss.apply(
-        image_features,
-        text_features,
-        scale,
-        mass,
-        group_ids,
-        seed,
-        float(noise_std),
-        relative_noise,
-        symmetric,
-        operand_dtype,
-        backend,
+        image_features, text_features, scale, mass, row_ids, col_ids, seed, noise, options
     )[0]
     return loss
 
@@ -136,16 +134,30 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
-def _check_group_ids(group_ids: Tensor, image_features: Tensor) -> None:
-    rows, device = image_features.shape[0], image_features.device
-    if not isinstance(group_ids, Tensor):
-        raise TypeError(f"group_ids: got {type(group_ids).__name__}, want an int64 tensor [{rows}]")
-    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
-        raise TypeError(f"group_ids: got dtype {group_ids.dtype}, want int64")
-    if group_ids.shape != (rows,):
-        raise ValueError(f"group_ids: got shape {tuple(group_ids.shape)}, want [{rows}], one for each image")
-    if group_ids.device != device:
-        raise ValueError(f"group_ids: got device {group_ids.device}, want {device} as image_features")
+def _check_group_ids(
+    group_ids: Tensor | tuple[Tensor, Tensor] | None, image_features: Tensor, text_features: Tensor
+) -> tuple[Tensor, Tensor | None] | None:
+    """The ids of the rows and, if they are given, of the columns."""
+    if group_ids is None:
+        return None
+    rows, columns, device = image_features.shape[0], text_features.shape[0], image_features.device
+    if isinstance(group_ids, tuple):
+        if len(group_ids) != 2:
+            raise ValueError(f"group_ids: got {len(group_ids)} of them, want a tensor [{rows}] or a pair of tensors")
+        given = {"group_ids[0]": (group_ids[0], rows, "image"), "group_ids[1]": (group_ids[1], columns, "text")}
+    else:
+        given = {"group_ids": (group_ids, rows, "image")}
+    for name, (ids, length, what) in given.items():
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name}: got {type(ids).__name__}, want an int64 tensor [{length}]")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"{name}: got dtype {ids.dtype}, want int64")
+        if ids.shape != (length,):
+            raise ValueError(f"{name}: got shape {tuple(ids.shape)}, want [{length}], one for each {what}")
+        if ids.device != device:
+            raise ValueError(f"{name}: got device {ids.device}, want {device} as image_features")
+    row_ids, *col_ids = (ids for ids, _, _ in given.values())
+    return row_ids.long(), col_ids[0].long() if col_ids else None
 
 
 def check_number(

@@ -81,7 +81,7 @@ class ModestAlignLoss(nn.Module):
         logit_scale: Tensor | float | None = None,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-        group_ids: Tensor | None = None,
+        group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of one batch.
 
@@ -92,7 +92,7 @@ class ModestAlignLoss(nn.Module):
             logit_bias: accepted because open_clip passes it: a constant cancels in a softmax, so it gets a gradient of
                 zero and changes nothing.
             output_dict: return ``{"contrastive_loss": loss}``.
-            group_ids: integers [B]; pairs with equal id are not each other's negatives.
+            group_ids: see :func:`modest_align_kernels.modest_align_loss`.
 
         Returns:
             The mean loss, 0-dim float32, or the dictionary that holds it.

@@ -1,116 +1,139 @@
-"""The operators ``torch.ops.modest_align.*``: schemas, shapes for tracing, and the one place that registers anything.
+"""The operators ``torch.ops.modest_align.*``, and the one place that registers anything with PyTorch.
 
-Each operator is one of the four functions that every backend has (see :mod:`modest_align_kernels.backends.eager` for
-what they compute); its last argument names the backend. They have no gradients of their own: the loss's
-gradient is :mod:`modest_align_kernels.autograd`, and a second differentiation raises.
+Each is one of the four functions that every backend has (:mod:`modest_align_kernels.backends.contract`) around the
+allocation of its results, which is also its shape for tracing. The positional arguments are the backend's; those by
+keyword say what is allocated, and by which backend it is filled. They have no gradients of their own:
+:mod:`modest_align_kernels.autograd` has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from modest_align_kernels.backends import accumulation_dtype, operand_features
-
-_SCHEMAS = (
-    "perturb_normalize(Tensor x, Tensor? seed, int stream, float noise_std, bool relative_noise, "
-    "ScalarType operand_dtype, *, str backend) -> (Tensor x_hat, Tensor inv_norm)",
-    "perturb_normalize_backward(Tensor grad, Tensor x_hat, Tensor inv_norm, Tensor pair_hat, Tensor pair_weight, "
-    "Tensor offset, Tensor factor, SymInt features, ScalarType dtype, *, str backend) -> (Tensor dx, Tensor row_dot)",
-    "contrastive_stats(Tensor x_hat, Tensor y_hat, Tensor scale, Tensor? group_ids, bool symmetric, "
-    "*, str backend) -> (Tensor positive, Tensor row_lse, Tensor col_lse)",
-    "contrastive_grads(Tensor x_hat, Tensor y_hat, Tensor scale, Tensor row_lse, Tensor col_lse, "
-    "Tensor? group_ids, bool want_x, bool want_y, *, str backend) -> (Tensor grad_x, Tensor grad_y)",
-)
+from modest_align_kernels.backends import accumulation_dtype
+from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
+from modest_align_kernels.backends.registry import BACKENDS, operand_width
 
 _library = torch.library.Library("modest_align", "DEF")
+_Allocation = TypeVar("_Allocation", bound=Callable[..., Any])
 
 
-def _register(schema: str) -> Callable[..., Any]:
-    name = schema.split("(")[0]
+@cache
+def _kernel(name: str, backend: str, device_type: str) -> Callable[..., None]:
+    return getattr(import_module(BACKENDS[backend].module(device_type)), name)  # type: ignore[no-any-return]
 
-    @cache
-    def function(backend: str) -> Callable[..., Any]:
-        # Imported when first used: Triton is no requirement.
-        return getattr(import_module(f"modest_align_kernels.backends.{backend}"), name)  # type: ignore[no-any-return]
 
-    def run(*args: Any, backend: str) -> Any:
+def _operator(pack: Callable[..., tuple[Any, ...]]) -> Callable[[_Allocation], _Allocation]:
+    """Register an operator that has the backend's function of its name write what it allocates.
+
+    Args:
+        pack: that function's arguments, from the operator's positional ones and the results.
+    """
+    return partial(_register, pack)
+
+
+def _register(pack: Callable[..., tuple[Any, ...]], results: _Allocation) -> _Allocation:
+    name = results.__name__
+
+    def run(*args: Any, backend: str, **allocated: Any) -> Any:
         device = args[0].device.type
+        written = results(*args, backend=backend, **allocated)
         # The dtypes were chosen above; autocast would choose again for every matmul inside.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         # A kernel is launched on the current device, whatever device its tensors are on.
         with exact, torch.cuda.device_of(args[0]) if device == "cuda" else nullcontext():
-            return function(backend)(*args)
+            _kernel(name, backend, device)(*pack(*args, *written))
+        return written
 
-    def raise_on_double_backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "modest_align_loss has no second derivative: its gradient was differentiated again (create_graph=True)"
-        )
-
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    schema = torch.library.infer_schema(results, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_autograd(f"modest_align::{name}", raise_on_double_backward, lib=_library)
+    torch.library.register_fake(f"modest_align::{name}", results, lib=_library)
     return getattr(torch.ops.modest_align, name).default  # type: ignore[no-any-return]
 
 
-perturb_normalize, perturb_normalize_backward, contrastive_stats, contrastive_grads = map(_register, _SCHEMAS)
-
-
-@torch.library.register_fake("modest_align::perturb_normalize", lib=_library)
-def _(
+@_operator(lambda *arguments: (PerturbNormalize(*arguments),))
+def perturb_normalize(
     x: Tensor,
-    seed: Any,
-    stream: int,
-    noise_std: float,
+    seed: Tensor | None,
+    noise_std: Tensor | None,
+    noise_stream: int,
     relative_noise: bool,
-    operand_dtype: torch.dtype,
+    pair_hat: Tensor | None,
     *,
+    operand_dtype: torch.dtype,
     backend: str,
-) -> Any:
-    x_hat = x.new_empty((x.shape[0], operand_features(x.shape[1], backend)), dtype=operand_dtype)
-    return x_hat, x.new_empty(x.shape[:1], dtype=accumulation_dtype(operand_dtype))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_hat [rows, width], inv_norm [rows], pair_dot [rows of pair_hat]."""
+    rows, features = x.shape
+    dtype = accumulation_dtype(operand_dtype)
+    return (
+        x.new_empty((rows, operand_width(features, backend)), dtype=operand_dtype),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(0 if pair_hat is None else pair_hat.shape[0], dtype=dtype),
+    )
 
 
-@torch.library.register_fake("modest_align::perturb_normalize_backward", lib=_library)
-def _(
+@_operator(lambda *arguments: (PerturbNormalizeBackward(*arguments),))
+def perturb_normalize_backward(
     grad: Tensor,
     x_hat: Tensor,
     inv_norm: Tensor,
-    pair_hat: Any,
-    pair_weight: Any,
-    offset: Any,
-    factor: Any,
+    pair_hat: Tensor,
+    pair_weight: Tensor,
+    offset: Tensor,
+    factor: Tensor,
+    *,
     features: int,
     dtype: torch.dtype,
-    *,
     backend: str,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
+    """Dx [rows, features] in ``dtype``, row_dot [rows]."""
     return x_hat.new_empty((x_hat.shape[0], features), dtype=dtype), torch.empty_like(inv_norm)
 
 
-@torch.library.register_fake("modest_align::contrastive_stats", lib=_library)
-def _(x_hat: Tensor, y_hat: Tensor, scale: Tensor, group_ids: Any, symmetric: bool, *, backend: str) -> Any:
-    return tuple(x_hat.new_empty(x_hat.shape[:1], dtype=scale.dtype) for _ in range(3))
-
-
-@torch.library.register_fake("modest_align::contrastive_grads", lib=_library)
-def _(
+@_operator(lambda *arguments: (Logits(*arguments[:6]), *arguments[6:]))
+def contrastive_stats(
     x_hat: Tensor,
     y_hat: Tensor,
     scale: Tensor,
-    row_lse: Any,
-    col_lse: Any,
-    group_ids: Any,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_diagonal: bool,
+    *,
+    col_count: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """row_lse [B], col_lse [col_count]."""
+    return scale.new_empty(x_hat.shape[0]), scale.new_empty(col_count)
+
+
+@_operator(lambda *a: (Logits(*a[:3], *a[7:10]), Softmaxes(*a[3:7]), *a[10:]))
+def contrastive_grads(
+    x_hat: Tensor,
+    y_hat: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_diagonal: bool,
+    *,
     want_x: bool,
     want_y: bool,
-    *,
     backend: str,
-) -> Any:
-    grad_x = x_hat.new_empty(x_hat.shape if want_x else 0, dtype=scale.dtype)
-    return grad_x, x_hat.new_empty(y_hat.shape if want_y else 0, dtype=scale.dtype)
+) -> tuple[Tensor, Tensor]:
+    """grad_x [B, width] and grad_y [N, width], either empty if it is not wanted."""
+    return (
+        scale.new_empty(x_hat.shape if want_x else (0, x_hat.shape[1])),
+        scale.new_empty(y_hat.shape if want_y else (0, y_hat.shape[1])),
+    )

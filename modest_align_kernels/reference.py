@@ -10,108 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-PHILOX_ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK = 0xFFFFFFFF
-
-IMAGE_STREAM = 0
-TEXT_STREAM = 1
-
-
-def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in int64 words that hold 32 bits each."""
-    product = word * multiplier  # wraps modulo 2^64: the bits are those of the unsigned product
-    return (product >> 32) & _MASK, product & _MASK
-
-
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of Salmon, Moraes, Dror and Shaw (SC 2011), "Parallel random numbers: as easy as 1, 2, 3".
-
-    Args:
-        counter: four int64 tensors, broadcastable, each holding 32 bits.
-        key: two int64 tensors, broadcastable, each holding 32 bits.
-
-    Returns:
-        Four int64 tensors, each holding 32 random bits.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(PHILOX_ROUNDS):
-        hi0, lo0 = _mul_hi_lo(_MULTIPLIERS[0], c0)
-        hi1, lo1 = _mul_hi_lo(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def random_bits(seed: Tensor, stream: int, first_row: int, rows: int, features: int) -> Tensor:
-    """The random integers behind the noise: one 32-bit word for each element.
-
-    Element (row i, feature d) of a stream takes word ``d % 4`` of Philox4x32-10 with
-
-        key     = (seed mod 2^32, seed >> 32)
-        counter = (d // 4, i mod 2^32, i >> 32, stream)
-
-    so a word depends on nothing but the seed, the stream, the row's global number and the feature: any shard, tile
-    or thread draws its own part and gets the same integers.
-
-    Args:
-        seed: int64, one element.
-        stream: 0 for images, 1 for texts.
-        first_row: global number of the first row.
-        rows: how many rows.
-        features: D.
-
-    Returns:
-        int64 [rows, 4 * ceil(D / 4)], values in [0, 2^32); the columns past D complete the last group of four.
-    """
-    device = seed.device
-    seed = seed.reshape(())
-    group = torch.arange((features + 3) // 4, device=device)[None, :]
-    row = torch.arange(first_row, first_row + rows, device=device)[:, None]
-    counter = (group, row & _MASK, row >> 32, torch.full_like(seed, stream))
-    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)
-
-
-def gaussian_noise(
-    seed: Tensor, stream: int, first_row: int, rows: int, features: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """Standard normal noise of :func:`random_bits` by Box and Muller's transform.
-
-    Words come in pairs (w0, w1) = (0, 1) and (2, 3) of each group of four:
-
-        u = ((w0 >> 8) + 1) / 2^24  in (0, 1],   v = (w1 >> 8) / 2^24  in [0, 1)
-        z0 = sqrt(-2 ln u) cos(2 pi v),   z1 = sqrt(-2 ln u) sin(2 pi v)
-
-    Both u and v are exact in float32; the largest |z| is sqrt(48 ln 2) = 5.77.
-
-    Args:
-        seed: int64, one element.
-        stream: 0 for images, 1 for texts.
-        first_row: global number of the first row.
-        rows: how many rows.
-        features: D.
-        dtype: float32 or float64, also that of the arithmetic.
-
-    Returns:
-        [rows, D] in ``dtype``.
-    """
-    words = (random_bits(seed, stream, first_row, rows, features) >> 8).to(dtype)
-    u = (words[:, 0::2] + 1) * 2.0**-24
-    angle = words[:, 1::2] * (2 * math.pi * 2.0**-24)
-    radius = (-2 * u.log()).sqrt_()
-    noise = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return noise.flatten(1)[:, :features]
+from modest_align_kernels.noise import IMAGES, TEXTS, gaussian_noise
 
 
 def perturb_normalize(
     x: Tensor,
     *,
     seed: Tensor | None = None,
-    stream: int = IMAGE_STREAM,
-    noise_std: float = 0.0,
+    noise_stream: int = IMAGES,
+    noise_std: Tensor | float = 0.0,
     relative_noise: bool = False,
 ) -> Tensor:
     """Rows of ``x + noise``, divided by ``max(norm, 1e-12)``.
@@ -119,7 +26,7 @@ def perturb_normalize(
     Args:
         x: [rows, D], floating point.
         seed: int64, one element; None draws no noise.
-        stream: 0 for images, 1 for texts.
+        noise_stream: IMAGES or TEXTS.
         noise_std: standard deviation of the noise, in units of the features, or of each row's root mean square
             with ``relative_noise`` (which is held constant in the gradient).
         relative_noise: see ``noise_std``.
@@ -128,11 +35,57 @@ def perturb_normalize(
         [rows, D], unit rows; a zero row stays zero.
     """
     if seed is not None and noise_std > 0:
-        noise = gaussian_noise(seed, stream, 0, x.shape[0], x.shape[1]).to(x.dtype)
+        noise = gaussian_noise(seed, noise_stream, 0, x.shape[0], x.shape[1]).to(x.dtype)
         if relative_noise:
             noise = noise * x.detach().square().mean(1, keepdim=True).sqrt()
         x = x + noise_std * noise
     return torch.nn.functional.normalize(x, dim=1, eps=1e-12)
+
+
+def _logits(
+    x_hat: Tensor, y_hat: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, exclude_diagonal: bool
+) -> Tensor:
+    logits = scale * (x_hat @ y_hat.T)
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if row_ids is not None and col_ids is not None:
+        excluded |= row_ids[:, None] == col_ids[None, :]
+    if exclude_diagonal:
+        excluded.fill_diagonal_(True)
+    return logits.masked_fill(excluded, -math.inf)
+
+
+def contrastive_stats(
+    x_hat: Tensor,
+    y_hat: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_diagonal: bool,
+    col_count: int,
+) -> tuple[Tensor, Tensor]:
+    """Row_lse [B], col_lse [col_count]: see :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
+    logits = _logits(x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal)
+    return logits.logsumexp(1), logits[:, :col_count].logsumexp(0)
+
+
+def contrastive_grads(
+    x_hat: Tensor,
+    y_hat: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_diagonal: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x [B, D], grad_y [N, D]: see :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
+    logits = _logits(x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal)
+    g = row_weight[:, None] * (logits - row_lse[:, None]).exp()
+    g[:, : len(col_lse)] += col_weight * (logits[:, : len(col_lse)] - col_lse).exp()
+    g = g.masked_fill(logits == -math.inf, 0.0)
+    return g @ y_hat, g.T @ x_hat
 
 
 def _cross_entropy(logits: Tensor, smoothing: Tensor | float, is_negative: Tensor) -> Tensor:
@@ -155,7 +108,7 @@ def modest_align_loss(
     noise_std: float = 0.0,
     relative_noise: bool = False,
     smoothing: Tensor | float = 0.0,
-    group_ids: Tensor | None = None,
+    group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     symmetric: bool = True,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -177,7 +130,8 @@ def modest_align_loss(
         noise_std: see :func:`perturb_normalize`.
         relative_noise: see :func:`perturb_normalize`.
         smoothing: a, in [0, 1].
-        group_ids: integers [B]; pairs with equal id are not each other's negatives.
+        group_ids: integers [B]; pairs with equal id are not each other's negatives. Or integers [B] and [N]: of rows
+            and of all columns.
         symmetric: False keeps the image-to-text direction only, with weight 1.
         seed: int64, one element: the noise's seed; None draws no noise.
 
@@ -188,12 +142,13 @@ def modest_align_loss(
     if rows == 0:
         return (image_features.sum() + text_features.sum()) * 0
     noise = {"seed": seed, "noise_std": noise_std, "relative_noise": relative_noise}
-    x_hat = perturb_normalize(image_features, stream=IMAGE_STREAM, **noise)  # type: ignore[arg-type]
-    y_hat = perturb_normalize(text_features, stream=TEXT_STREAM, **noise)  # type: ignore[arg-type]
+    x_hat = perturb_normalize(image_features, noise_stream=IMAGES, **noise)  # type: ignore[arg-type]
+    y_hat = perturb_normalize(text_features, noise_stream=TEXTS, **noise)  # type: ignore[arg-type]
     logits = logit_scale * (x_hat @ y_hat.T)
     is_negative = ~torch.eye(rows, columns, dtype=torch.bool, device=logits.device)
     if group_ids is not None:
-        is_negative[:, :rows] &= group_ids[:, None] != group_ids[None, :]
+        row_ids, col_ids = group_ids if isinstance(group_ids, tuple) else (group_ids, group_ids)
+        is_negative[:, : len(col_ids)] &= row_ids[:, None] != col_ids[None, :]
     loss = _cross_entropy(logits, smoothing, is_negative)
     if symmetric:
         loss = (loss + _cross_entropy(logits[:, :rows].T, smoothing, is_negative[:, :rows].T)) / 2

@@ -31,6 +31,7 @@ class Case:
     scale: float = 14.3
     smoothing: float = 0.1
     groups: int = 0  # how many different group ids; 0: no group ids
+    column_ids: bool = False  # the columns have group ids of their own
     symmetric: bool = True
     geometry: str = "pairs"  # "pairs" | "random" | "confident" | "antipodal" | "identical" rows
 
@@ -49,7 +50,10 @@ CASES = (
     Case("groups", 33, 33, 40, groups=12),
     Case("groups and extra negatives", 33, 70, 40, groups=12),
     Case("groups, one direction", 33, 70, 40, groups=12, symmetric=False),
+    Case("groups of rows and columns", 33, 70, 40, groups=12, column_ids=True),
+    Case("groups of rows and columns, one direction", 33, 40, 40, groups=5, column_ids=True, symmetric=False),
     Case("a single group: no negatives", 9, 9, 8, groups=1),
+    Case("a single group of rows and columns", 9, 12, 8, groups=1, column_ids=True),
     Case("no smoothing", 64, 64, 40, smoothing=0.0),
     Case("all mass on the negatives", 64, 64, 40, smoothing=1.0),
     Case("scale 1", 64, 64, 40, scale=1.0),
@@ -95,12 +99,26 @@ def make_features(
     return x.to(dtype).to(device), y.to(dtype).to(device)
 
 
-def make_group_ids(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Tensor | None:
-    """Random int64 ids [rows], not consecutive, some negative; None if the case has no groups."""
+def make_group_ids(
+    case: Case, device: torch.device | str = "cpu", seed: int = 0
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Random int64 ids, not consecutive, some negative: [rows], and [columns] if the case has those; None: no groups.
+
+    A pair's two ids differ now and then, and some columns are in no row's group.
+    """
     if not case.groups:
         return None
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(case.groups, (case.rows,), generator=generator) * 1_000_003 - 7).to(device)
+
+    def draw(groups: int, length: int) -> Tensor:
+        return (torch.randint(groups, (length,), generator=generator) * 1_000_003 - 7).to(device)
+
+    row_ids = draw(case.groups, case.rows)
+    if not case.column_ids:
+        return row_ids
+    col_ids = draw(case.groups + case.groups // 4, case.columns)
+    col_ids[: case.rows : 2] = row_ids[::2]
+    return row_ids, col_ids
 
 
 def value_and_grads(loss_fn: LossFunction, x: Tensor, y: Tensor, case: Case) -> dict[str, Tensor]:

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modest_align_kernels import dispatch, modest_align_loss, reference
-from modest_align_kernels.backends import eager
+from modest_align_kernels import dispatch, modest_align_loss, noise, ops
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +62,13 @@ def extension(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def cuda(extension, monkeypatch: pytest.MonkeyPatch):
     """The native backend as it is on a GPU, on CPU tensors."""
-    from modest_align_kernels.backends import native
+    from modest_align_kernels.backends import eager
     from modest_align_kernels.backends.native import cuda
 
     monkeypatch.setattr(cuda, "_C", extension)
-    monkeypatch.setattr(cuda, "_stream", lambda device: (0, 0))
-    monkeypatch.setattr(native, "_kernels", lambda device_type: cuda)
+    monkeypatch.setattr(cuda, "_where", lambda device: {"device": 0, "cuda_stream": 0})
+    backends = {"native": cuda, "eager": eager}
+    monkeypatch.setattr(ops, "_kernel", lambda name, backend, device_type: getattr(backends[backend], name))
     monkeypatch.setattr(dispatch, "operand_dtype", lambda *args: torch.float16)
     return cuda
 
@@ -90,22 +90,31 @@ def test_error_budget(cuda, case: Case) -> None:
         assert_within_budget(native_loss, case, torch.float16, seeds=2)
 
 
-def assert_like_eager(cuda, x_hat, y_hat, scale, ids, symmetric: bool) -> None:
+def assert_like_eager(cuda, x_hat, y_hat, scale, row_ids, col_ids, col_count: int, diagonal: bool = True) -> None:
     """The same operands in float64 through the eager backend: nothing differs but float32 sums and float16 products."""
     rounding = 2e-6 + 4e-7 * float(scale)  # of logits, which float32 holds to 24 bits
+    excluded = row_ids, col_ids, diagonal
+    wide = tuple(t.double() for t in (x_hat, y_hat, scale))
     with poisoned_memory():
-        positive, row_lse, col_lse = cuda.contrastive_stats(x_hat, y_hat, scale, ids, symmetric)
-    expected = eager.contrastive_stats(x_hat.double(), y_hat.double(), scale.double(), ids, symmetric)
-    for ours, truth in zip((positive, row_lse, col_lse), expected, strict=True):
+        lse = ops.contrastive_stats(x_hat, y_hat, scale, *excluded, col_count=col_count, backend="native")
+    expected = ops.contrastive_stats(*wide, *excluded, col_count=col_count, backend="eager")
+    for ours, truth in zip(lse, expected, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=rounding)
-    row_full = torch.logaddexp(row_lse, positive)
-    col_full = torch.logaddexp(col_lse, positive) if symmetric else torch.full_like(positive, torch.inf)
+    weights = tuple(2 * torch.rand(len(each)) - 1 for each in lse)
     with poisoned_memory():
-        grads = cuda.contrastive_grads(x_hat, y_hat, scale, row_full, col_full, ids, True, True)
-    wide = (t.double() for t in (x_hat, y_hat, scale, row_full, col_full))
-    for ours, truth in zip(grads, eager.contrastive_grads(*wide, ids, True, True), strict=True):
+        grads = ops.contrastive_grads(
+            *(x_hat, y_hat, scale, *lse, *weights, *excluded), want_x=True, want_y=True, backend="native"
+        )
+    expected, terms = (
+        ops.contrastive_grads(
+            *(*wide, *(t.double() for t in (*lse, *signed)), *excluded), want_x=True, want_y=True, backend="eager"
+        )
+        for signed in (weights, [t.abs() for t in weights])
+    )
+    for ours, truth, without_signs in zip(grads, expected, terms, strict=True):
         # Of probabilities below float16's smallest, 2^-24 times the gain of 2^10, nothing is left.
-        assert ((ours - truth).norm(dim=1) <= (1e-3 + rounding) * truth.norm(dim=1) + 2.0**-25).all()
+        allowed = (1e-3 + rounding) * torch.maximum(truth.norm(dim=1), without_signs.norm(dim=1)) + 2.0**-25
+        assert ((ours - truth).norm(dim=1) <= allowed).all()
 
 
 # Around a warp's 16 rows, a warp group's 64, a tile's 128 rows and 128 columns; the last has tiles of 256 columns.
@@ -115,24 +124,36 @@ SHAPES = [(1, 1), (16, 17), (64, 64), (65, 128), (140, 256), (128, 129), (129, 2
 @pytest.mark.parametrize("groups", [0, 40])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_around_warps_and_tiles(cuda, shape: tuple[int, int], groups: int) -> None:
-    ids = torch.randint(min(groups, shape[0]), shape[:1]) if groups else None  # numbered below B, as they always are
-    assert_like_eager(cuda, *operands(*shape, 64, 20.0), ids, symmetric=not groups or shape[0] != 65)
+    rows, columns = shape
+    ids = [torch.randint(groups, (n,), dtype=torch.int32) for n in shape] if groups else [None, None]
+    for col_count, diagonal in ((rows, True), (columns, False), (0 if rows == 65 else 3 * columns // 4, True)):
+        assert_like_eager(cuda, *operands(*shape, 64, 20.0), *ids, col_count, diagonal)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("col_count", [700, 600, 0])
 @pytest.mark.parametrize("scale", [14.3, 1000.0])
-def test_several_waves(cuda, monkeypatch: pytest.MonkeyPatch, scale: float, symmetric: bool) -> None:
+def test_several_waves(cuda, monkeypatch: pytest.MonkeyPatch, scale: float, col_count: int) -> None:
     # So little memory that rows come 256 at a time, and gradients in blocks of 256 x 256.
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
     x_hat, y_hat, scale = operands(600, 700, 128, scale)
-    assert cuda._C.cuda_contrastive_stats_workspace(600, 700, symmetric, 1) == 4 * (6 * 256 + 4 * 600 * symmetric)
-    assert_like_eager(cuda, x_hat, y_hat, scale, torch.randint(100, (600,)), symmetric)
+    size = cuda._C.cuda_contrastive_stats_workspace(rows=600, columns=700, col_count=col_count, workspace_bytes=1)
+    assert size == 4 * (6 * 256 + 4 * col_count)
+    ids = (torch.randint(100, (n,), dtype=torch.int32) for n in (600, 700))
+    assert_like_eager(cuda, x_hat, y_hat, scale, *ids, col_count)
 
 
 @pytest.mark.parametrize("geometry", ["antipodal", "pairs", "random", "identical"])
 @pytest.mark.parametrize("scale", [78.0, 79.0, 100.0, 1e4])
 def test_exponentials_that_vanish(cuda, scale: float, geometry: str) -> None:
-    assert_like_eager(cuda, *operands(70, 150, 64, scale, geometry), None, symmetric=True)
+    assert_like_eager(cuda, *operands(70, 150, 64, scale, geometry), None, None, 70)
+
+
+def test_rows_and_columns_of_which_all_is_excluded(cuda) -> None:
+    row_ids, col_ids = torch.arange(70, dtype=torch.int32), torch.arange(150, dtype=torch.int32) % 70
+    row_ids[5], col_ids[:] = 150, 150
+    col_ids[9] = 3
+    for scale in (20.0, 1000.0):
+        assert_like_eager(cuda, *operands(70, 150, 64, scale), row_ids, col_ids, 150, False)
 
 
 def test_threads_in_another_order_give_the_same_bits(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +183,19 @@ def test_a_nan_comes_through(cuda) -> None:
 def test_rows_of_any_width(cuda, dtype: torch.dtype, features: int) -> None:
     x, y = make_features(Case("", 9, 11, features), dtype)
     seed = torch.tensor((77 << 40) + 987654321)
+    std = torch.tensor(0.5)
+    given = {"operand_dtype": torch.float16, "backend": "native"}
+    truth = {"operand_dtype": torch.float64, "backend": "eager"}
     for strided in (x, x.T.contiguous().T, torch.cat((x, x), 1)[:, features:]):
         for relative in (False, True):
-            x_hat, inv_norm = cuda.perturb_normalize(strided, seed, 1, 0.5, relative, torch.float16)
-            expected = eager.perturb_normalize(x.double(), seed, 1, 0.5, relative, torch.float64)
+            x_hat, inv_norm, _ = ops.perturb_normalize(strided, seed, std, noise.TEXTS, relative, None, **given)
+            expected = ops.perturb_normalize(x.double(), seed, std.double(), noise.TEXTS, relative, None, **truth)
             assert ((x_hat[:, :features].double() - expected[0]).norm(dim=1) <= 6e-4).all()
             torch.testing.assert_close(inv_norm.double(), expected[1], rtol=1e-5, atol=0.0)
             assert x_hat.shape[1] % 64 == 0
             assert not x_hat[:, features:].any()
-    y_hat, y_inv_norm = cuda.perturb_normalize(y, None, 0, 0.0, False, torch.float16)
+    y_hat, y_inv_norm, dot = ops.perturb_normalize(y, None, None, noise.IMAGES, False, x_hat, **given)
+    torch.testing.assert_close(dot.double(), (x_hat.double() * y_hat[:9].double()).sum(1), rtol=1e-5, atol=1e-6)
     width = y_hat.shape[1]
     inside = torch.arange(width) < features
     grad, offset = torch.randn(11, width) * inside, torch.randn(2, width) * inside
@@ -178,24 +203,28 @@ def test_rows_of_any_width(cuda, dtype: torch.dtype, features: int) -> None:
     y_inv_norm[1] = 1e12  # a zero row's: no projection
     given = (grad, y_hat, y_inv_norm, x_hat, weight, offset, factor)
     with poisoned_memory():
-        dx, dot = cuda.perturb_normalize_backward(*given, features, dtype)
+        dx, dot = ops.perturb_normalize_backward(*given, features=features, dtype=dtype, backend="native")
     wide = [t.double() for t in given]
     wide[2][1] = 1e12
-    expected = eager.perturb_normalize_backward(*wide, width, torch.float64)
+    expected = ops.perturb_normalize_backward(*wide, features=features, dtype=torch.float64, backend="eager")
     torch.testing.assert_close(dot.double(), expected[1], rtol=1e-5, atol=1e-5)
     rows = torch.arange(11) != (1 if dtype == torch.float16 else -1)  # 1e12 is too much for float16
-    error = (dx.double() - expected[0][:, :features]).norm(dim=1)
+    error = (dx.double() - expected[0]).norm(dim=1)
     terms = expected[0].norm(dim=1) + wide[2] * expected[1].abs()
     assert (error <= (torch.finfo(dtype).eps + 1e-5) * terms)[rows].all()
 
 
 def test_noise_is_the_references(cuda) -> None:
-    seed = torch.tensor(-123456789)
-    x_hat, inv_norm = cuda.perturb_normalize(torch.zeros(5, 40), seed, 1, 1.0, False, torch.float16)
-    noise = reference.gaussian_noise(seed, 1, 0, 5, 40)
-    torch.testing.assert_close(x_hat[:, :40].double() / inv_norm[:, None], noise, rtol=1e-3, atol=1e-5)
+    seed, zero = torch.tensor(-123456789), torch.zeros(5, 40)
+    x_hat, inv_norm, _ = ops.perturb_normalize(
+        *(zero, seed, torch.tensor(1.0), noise.TEXTS, False, None), operand_dtype=torch.float16, backend="native"
+    )
+    expected = noise.gaussian_noise(seed, noise.TEXTS, 0, 5, 40)
+    torch.testing.assert_close(x_hat[:, :40].double() / inv_norm[:, None], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_status_becomes_a_sentence(cuda) -> None:
-    with pytest.raises(RuntimeError, match=r"perturb_normalize\(rows=3, features=20000\): CUDA error 1, "):
-        cuda.perturb_normalize(torch.ones(3, 20000), None, 0, 0.0, False, torch.float16)
+    with pytest.raises(RuntimeError, match=r"perturb_normalize\(rows=3, features=20000, width=20032\): CUDA error 1, "):
+        ops.perturb_normalize(
+            *(torch.ones(3, 20000), None, None, 0, False, None), operand_dtype=torch.float16, backend="native"
+        )

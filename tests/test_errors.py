@@ -10,6 +10,7 @@ import torch
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss
 
 X = torch.randn(4, 8)
+IDS = torch.arange(4)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,14 @@ X = torch.randn(4, 8)
             "group_ids: got dtype torch.float32, want int64",
         ),
         ((X, X, 1.0), {"group_ids": [0, 1, 2, 3]}, TypeError, "group_ids: got list, want an int64 tensor"),
+        (
+            (X, X, 1.0),
+            {"group_ids": (IDS, IDS, IDS)},
+            ValueError,
+            r"group_ids: got 3 of them, want a tensor \[4\] or a",
+        ),
+        ((X, X, 1.0), {"group_ids": (IDS, IDS[:3])}, ValueError, r"group_ids\[1\]: got shape \(3,\), want \[4\]"),
+        ((X, X, 1.0), {"group_ids": (IDS.float(), IDS)}, TypeError, r"group_ids\[0\]: got dtype torch.float32"),
         ((X, X, 1.0), {"backend": "cuda"}, ValueError, "backend: got 'cuda', want \"auto\" or one of"),
         ((X, X, 1.0), {"process_group": object()}, NotImplementedError, "process_group: "),
     ],
@@ -62,7 +71,7 @@ def test_one_clear_sentence(args, kwargs, error, words) -> None:
 
 def test_available_backends_give_reasons_that_an_explicit_choice_raises() -> None:
     backends = available_backends("cpu")
-    assert set(backends) == {"eager", "native", "triton"}
+    assert {"eager", "native", "triton"} <= set(backends)
     assert backends["eager"] is None
     for name, reason in backends.items():
         if reason is None:

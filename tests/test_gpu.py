@@ -10,6 +10,7 @@ import torch
 
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
 from modest_align_kernels.dispatch import why_not
+from modest_align_kernels.noise import IMAGES, TEXTS
 from modest_align_kernels.testing import (
     CASES,
     Case,
@@ -83,23 +84,25 @@ def test_matmul_kernels_agree_with_eager_in_float64(
             monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
     case = Case("", rows, columns, 192, scale=scale)
     x, y = make_features(case, torch.float32, "cuda")
-    x_hat, _ = ops.perturb_normalize(x, None, 0, 0.0, False, torch.float16, backend=backend)
-    y_hat, _ = ops.perturb_normalize(y, None, 1, 0.0, False, torch.float16, backend=backend)
-    scale_tensor = torch.tensor(scale, device="cuda")
-    for ids in (None, torch.arange(rows, device="cuda") // 3):
+    given = {"operand_dtype": torch.float16, "backend": backend}
+    x_hat, _, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **given)
+    y_hat, _, dot = ops.perturb_normalize(y, None, None, TEXTS, False, x_hat, **given)
+    torch.testing.assert_close(dot.double(), (x_hat.double() * y_hat[:rows].double()).sum(1), rtol=1e-5, atol=1e-6)
+    logits = x_hat, y_hat, torch.tensor(scale, device="cuda")
+    exact = tuple(t.double() for t in logits)
+    ids = tuple(torch.arange(n, device="cuda", dtype=torch.int32) // 3 for n in (rows, columns))
+    for *excluded, col_count in ((None, None, True, rows), (*ids, True, rows), (*ids, False, columns)):
         with poisoned_memory():
-            got = ops.contrastive_stats(x_hat, y_hat, scale_tensor, ids, True, backend=backend)
-        exact = x_hat.double(), y_hat.double(), scale_tensor.double()
-        expected = ops.contrastive_stats(*exact, ids, True, backend="eager")
-        for value, truth in zip(got, expected, strict=True):
+            lse = ops.contrastive_stats(*logits, *excluded, col_count=col_count, backend=backend)
+        expected = ops.contrastive_stats(*exact, *excluded, col_count=col_count, backend="eager")
+        for value, truth in zip(lse, expected, strict=True):
             torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=2e-6 + 4e-7 * scale)
-        positive, row_lse, col_lse = expected
-        full = torch.logaddexp(row_lse, positive), torch.logaddexp(col_lse, positive)
+        weights = tuple(2 * torch.rand(len(each), device="cuda") - 1 for each in lse)
+        wanted = {"want_x": True, "want_y": True}
         with poisoned_memory():
-            got = ops.contrastive_grads(
-                x_hat, y_hat, scale_tensor, *(t.float() for t in full), ids, True, True, backend=backend
-            )
-        expected = ops.contrastive_grads(*exact, *full, ids, True, True, backend="eager")
+            got = ops.contrastive_grads(*logits, *lse, *weights, *excluded, **wanted, backend=backend)
+        wide = (t.double() for t in (*lse, *weights))
+        expected = ops.contrastive_grads(*exact, *wide, *excluded, **wanted, backend="eager")
         for value, truth in zip(got, expected, strict=True):
             assert (value.double() - truth).norm() <= (1e-3 + 4e-7 * scale) * truth.norm() + 1e-12
 

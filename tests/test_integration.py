@@ -7,8 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, reference
-from modest_align_kernels.autograd import ContrastiveLoss
+from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
 from modest_align_kernels.dispatch import operand_dtype
 from modest_align_kernels.testing import Case, make_features, value_and_grads
 
@@ -65,16 +64,19 @@ def test_compiles_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_gives_a_float32_loss_from_16_bit_operands(backend: str) -> None:
+def test_autocast_gives_a_float32_loss_from_16_bit_operands(backend: str, monkeypatch) -> None:
     x, y = make_features(CASE, torch.float32)
     exact = modest_align_loss(x, y, 14.3, backend=backend)
+    operands = []
+    normalize = ops.perturb_normalize
+    monkeypatch.setattr(
+        ops, "perturb_normalize", lambda *a, **k: operands.append(k["operand_dtype"]) or normalize(*a, **k)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = modest_align_loss(x, y, 14.3, backend=backend)
-        operands = operand_dtype(torch.float32, x.device, backend)
-        outputs = ContrastiveLoss.apply(x, y, torch.tensor(14.3), None, None, None, 0.0, False, True, operands, backend)
+        expected = operand_dtype(torch.float32, x.device, backend)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, outputs[0])
-    assert outputs[1].dtype == operands
+    assert operands == [expected, expected]
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
 
 
@@ -117,22 +119,28 @@ def test_activation_checkpointing_repeats_the_noise(use_reentrant: bool) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators_keep_their_contracts(backend: str) -> None:
     x, y = make_features(Case("", 6, 9, 8), torch.float32)
-    scale, ids = torch.tensor(10.0), torch.arange(6) % 4
+    scale, seed, std = torch.tensor(10.0), torch.tensor(7), torch.tensor(0.1)
+    row_ids, col_ids = torch.arange(6, dtype=torch.int32) % 4, torch.arange(9, dtype=torch.int32) % 5
     op = torch.ops.modest_align
-    seed = torch.tensor(7)
     checks = ("test_schema", "test_faketensor")
     where = {"backend": backend}
-    operands = torch.float32 if backend == "native" else torch.float16
-    torch.library.opcheck(op.perturb_normalize, (x, seed, 0, 0.1, False, operands), where, test_utils=checks)
-    x_hat, inv_norm = op.perturb_normalize(x, None, 0, 0.0, False, torch.float32, **where)
-    y_hat, _ = op.perturb_normalize(y, None, 1, 0.0, False, torch.float32, **where)
-    torch.library.opcheck(op.contrastive_stats, (x_hat, y_hat, scale, ids, True), where, test_utils=checks)
-    _, row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, True, **where)
+    operands = {"operand_dtype": torch.float32, **where}
+    x_hat, inv_norm, _ = op.perturb_normalize(x, None, None, 0, False, None, **operands)
+    y_hat, _, _ = op.perturb_normalize(y, None, None, 1, False, x_hat, **operands)
+    for pair_hat in (None, x_hat):
+        args = (y, seed, std, 0, False, pair_hat)
+        torch.library.opcheck(op.perturb_normalize, args, operands, test_utils=checks)
+    for col_count in (6, 9, 0):
+        args = (x_hat, y_hat, scale, row_ids, col_ids, True)
+        torch.library.opcheck(op.contrastive_stats, args, {"col_count": col_count, **where}, test_utils=checks)
+    row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, None, True, col_count=6, **where)
     for want_x, want_y in ((True, True), (False, True), (True, False)):
-        args = (x_hat, y_hat, scale, row_lse, col_lse, None, want_x, want_y)
-        torch.library.opcheck(op.contrastive_grads, args, where, test_utils=checks)
-    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, x_hat.shape[1]), scale, 8, torch.bfloat16)
-    torch.library.opcheck(op.perturb_normalize_backward, args, where, test_utils=checks)
+        args = (x_hat, y_hat, scale, row_lse, col_lse, row_lse.cos(), col_lse.cos(), row_ids, col_ids, False)
+        wanted = {"want_x": want_x, "want_y": want_y, **where}
+        torch.library.opcheck(op.contrastive_grads, args, wanted, test_utils=checks)
+    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, x_hat.shape[1]), scale)
+    wanted = {"features": 8, "dtype": torch.bfloat16, **where}
+    torch.library.opcheck(op.perturb_normalize_backward, args, wanted, test_utils=checks)
 
 
 def test_no_gradient_no_saved_tensors() -> None:

@@ -84,10 +84,11 @@ def test_equals_cross_entropy_and_its_gradients(label_smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("groups", [False, True])
-def test_gradcheck(groups: bool, symmetric: bool) -> None:
+@pytest.mark.parametrize("groups", ["none", "rows", "rows and columns"])
+def test_gradcheck(groups: str, symmetric: bool) -> None:
     x, y = make_features(Case("", 5, 7, 3), torch.float64)
-    ids = torch.tensor([0, 1, 0, 2, 7]) if groups else None
+    ids = torch.tensor([0, 1, 0, 2, 7])
+    ids = {"none": None, "rows": ids, "rows and columns": (ids, torch.tensor([0, 1, 5, 2, 1, 0, 9]))}[groups]
     inputs = [t.requires_grad_() for t in (x, y, *torch.tensor([5.0, 0.2], dtype=torch.float64))]
 
     def loss(x, y, scale, smoothing):
@@ -336,3 +337,18 @@ def test_group_ids_are_labels_not_indices(backend: str) -> None:
         ]
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
         torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+
+
+def test_group_ids_of_columns_exclude_extra_negatives_too(backend: str) -> None:
+    x, y = make_features(Case("", 6, 10, 8), torch.float32)
+    row_ids = torch.tensor([4, 4, 0, 1, 2, 3])
+    own = torch.cat((row_ids, torch.tensor([9, 10, 11, 12])))
+
+    def loss(y, group_ids):
+        return modest_align_loss(x, y, 9.0, smoothing=0.2, group_ids=group_ids, backend=backend)
+
+    torch.testing.assert_close(loss(y, (row_ids, own)), loss(y, row_ids), rtol=1e-6, atol=0)
+    own[9], y[9] = 0, 3 * x[2]  # what a bank may hold: a false negative of image 2
+    expected = reference.modest_align_loss(x.double(), y.double(), 9.0, smoothing=0.2, group_ids=(row_ids, own))
+    torch.testing.assert_close(loss(y, (row_ids, own)).double(), expected, rtol=1e-5, atol=0)
+    assert loss(y, row_ids) > 1.1 * expected

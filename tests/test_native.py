@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modest_align_kernels import available_backends, modest_align_loss, reference
+from modest_align_kernels import available_backends, modest_align_loss, noise, ops, reference
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
 
 if (reason := available_backends("cpu")["native"]) is not None:
@@ -41,6 +41,10 @@ def two_threads():
 
 def native_loss(*args, **kwargs):
     return modest_align_loss(*args, backend="native", **kwargs)
+
+
+def perturb_normalize(*arguments):
+    return ops.perturb_normalize(*arguments, operand_dtype=torch.float32, backend="native")
 
 
 def test_levels() -> None:
@@ -97,8 +101,9 @@ def test_equal_bits_in_every_run(level: str, two_threads: None) -> None:
 def test_noise_is_the_references(level: str, relative: bool, features: int, dtype: torch.dtype) -> None:
     x, _ = make_features(Case("", 21, 21, features), dtype)
     seed = torch.tensor((77 << 40) + 987654321987)
-    x_hat, inv_norm = cpu.perturb_normalize(x.T.contiguous().T, seed, 1, 0.5, relative, torch.float32)
-    truth = reference.perturb_normalize(x.double(), seed=seed, stream=1, noise_std=0.5, relative_noise=relative)
+    x_hat, inv_norm, _ = perturb_normalize(x.T.contiguous().T, seed, torch.tensor(0.5), noise.TEXTS, relative, None)
+    given = {"seed": seed, "noise_stream": noise.TEXTS, "noise_std": 0.5, "relative_noise": relative}
+    truth = reference.perturb_normalize(x.double(), **given)
     assert ((x_hat.double()[:, :features] - truth).norm(dim=1) <= 2e-6).all()
     assert not x_hat[:, features:].any()
     assert inv_norm.isfinite().all()
@@ -106,27 +111,36 @@ def test_noise_is_the_references(level: str, relative: bool, features: int, dtyp
 
 def test_long_noise_has_the_moments_of_a_normal() -> None:
     zero = torch.zeros(1, 4_000_000)
-    x_hat, inv_norm = cpu.perturb_normalize(zero, torch.tensor(5), 0, 1.0, False, torch.float32)
-    noise = (x_hat / inv_norm).double()
-    assert abs(float(noise.mean())) < 3e-3
-    assert float(noise.var()) == pytest.approx(1, abs=5e-3)
-    assert float((noise**4).mean()) == pytest.approx(3, abs=5e-2)
+    x_hat, inv_norm, _ = perturb_normalize(zero, torch.tensor(5), torch.tensor(1.0), noise.IMAGES, False, None)
+    drawn = (x_hat / inv_norm).double()
+    assert abs(float(drawn.mean())) < 3e-3
+    assert float(drawn.var()) == pytest.approx(1, abs=5e-3)
+    assert float((drawn**4).mean()) == pytest.approx(3, abs=5e-2)
 
 
 def test_kernels_refuse_what_they_would_misread() -> None:
     x, y = make_features(Case("", 8, 8, 64), torch.float32)
-    x_hat, inv_norm = cpu.perturb_normalize(x, None, 0, 0.0, False, torch.float32)
-    y_hat, _ = cpu.perturb_normalize(y, None, 1, 0.0, False, torch.float32)
+    x_hat, inv_norm, _ = perturb_normalize(x, None, None, noise.IMAGES, False, None)
+    y_hat, _, _ = perturb_normalize(y, None, None, noise.TEXTS, False, x_hat)
     scale = torch.tensor(10.0)
+
+    def stats(x_hat, y_hat, row_ids=None, col_ids=None):
+        return ops.contrastive_stats(x_hat, y_hat, scale, row_ids, col_ids, True, col_count=8, backend="native")
+
     with pytest.raises(ValueError, match=r"operand_dtype: got torch\.float16, want torch\.float32"):
-        cpu.contrastive_stats(x_hat.half(), y_hat.half(), scale, None, True)
+        stats(x_hat.half(), y_hat.half())
     with pytest.raises(TypeError, match=r"y_hat: got torch\.float64, want torch\.float32"):
-        cpu.contrastive_stats(x_hat, y_hat.double(), scale, None, True)
+        stats(x_hat, y_hat.double())
     with pytest.raises(ValueError, match=r"y_hat: got strides \(1, 8\)"):
-        cpu.contrastive_stats(x_hat, y_hat.T.contiguous().T, scale, None, True)
+        stats(x_hat, y_hat.T.contiguous().T)
+    with pytest.raises(ValueError, match=r"col_ids: got shape \(7,\), want \(8,\)"):
+        stats(x_hat, y_hat, torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"offset: got shape \(2, 8\), want \(2, 64\)"):
-        cpu.perturb_normalize_backward(
-            x_hat, x_hat, inv_norm, y_hat, inv_norm, torch.zeros(2, 8), scale, 64, torch.float32
+        ops.perturb_normalize_backward(
+            *(x_hat, x_hat, inv_norm, y_hat, inv_norm, torch.zeros(2, 8), scale),
+            features=64,
+            dtype=torch.float32,
+            backend="native",
         )
 
 
@@ -139,14 +153,40 @@ def test_memory_stays_far_below_the_matrix(two_threads: None) -> None:
 
 def test_the_stub_names_what_the_module_has() -> None:
     stub = ast.parse((Path(cpu.__file__).parents[2] / "_C.pyi").read_text())
+    structs = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
     functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     public = {name for name in dir(_C) if not name.startswith("_")}
     optional = {name for name in functions if name.startswith("cuda_")} if not _C.cuda else set()
     assert public == (set(functions) | values) - optional
+
+    def fields(struct: str) -> set[str]:
+        if struct not in structs:
+            return set()
+        own = {node.target.id for node in structs[struct].body if isinstance(node, ast.AnnAssign)}
+        return own.union(*(fields(base.id) for base in structs[struct].bases))
+
     for name in public & set(functions):
-        taken = re.match(rf"{name}\((.*?)\) -> ", getattr(_C, name).__doc__)[1]
-        assert len(functions[name].args.args) == len(re.findall(r"arg\d+:", taken)), name
+        if by_name := functions[name].args.kwarg:
+            documented = re.match(rf"{name}\(\*, (.*)\)", getattr(_C, name).__doc__)[1].split(", ")
+            assert len(documented) == len(set(documented))
+            assert set(documented) == fields(by_name.annotation.slice.id), name
+
+
+def test_a_wrong_argument_of_a_kernel_is_a_type_error() -> None:
+    given = dict.fromkeys(("rows", "columns", "col_count", "width"), 64) | {"operand_dtype": 0, "threads": 1}
+    assert _C.cpu_contrastive_stats_workspace(**given) > 0
+    wrong = {
+        "cpu_contrastive_stats_workspace: got no argument width": {k: v for k, v in given.items() if k != "width"},
+        "cpu_contrastive_stats_workspace: got the unknown argument features": {**given, "features": 3},
+        "cpu_contrastive_stats_workspace: rows: got str": {**given, "rows": "64"},
+        "cpu_contrastive_stats_workspace: rows: got float": {**given, "rows": 64.5},
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(TypeError, match=message):
+            _C.cpu_contrastive_stats_workspace(**arguments)
+    with pytest.raises(TypeError):
+        _C.cpu_contrastive_stats_workspace(64, 64, 64, 64, 0, 1)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modest_align_kernels import reference
+from modest_align_kernels import noise, reference
 
 
 def features(rows: int, columns: int, width: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,37 +114,37 @@ PHILOX_VECTORS = [
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_VECTORS)
 def test_philox_known_answers(counter, key, expected) -> None:
-    words = reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    words = noise.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert tuple(map(int, words)) == expected
 
 
 def test_random_bits_follow_the_written_counter_layout() -> None:
     seed = torch.tensor((7 << 32) + 11)
     first_row = (3 << 32) + 5
-    bits = reference.random_bits(seed, stream=1, first_row=first_row, rows=2, features=10)
+    bits = noise.random_bits(seed, noise_stream=1, first_row=first_row, rows=2, features=10)
     assert bits.shape == (2, 12)
     for row in range(2):
         for feature in range(10):
             counter = (feature // 4, 5 + row, 3, 1)
-            words = reference.philox4x32(tuple(map(torch.tensor, counter)), (torch.tensor(11), torch.tensor(7)))
+            words = noise.philox4x32(tuple(map(torch.tensor, counter)), (torch.tensor(11), torch.tensor(7)))
             assert int(bits[row, feature]) == int(words[feature % 4])
 
 
 def test_noise_is_standard_normal() -> None:
-    noise = reference.gaussian_noise(torch.tensor(3), 0, 0, 1000, 401)
-    count = noise.numel()
-    assert noise.shape == (1000, 401)
-    assert abs(float(noise.mean())) < 4 / count**0.5
-    assert abs(float(noise.var()) - 1) < 4 * (2 / count) ** 0.5
-    assert abs(float((noise**4).mean()) - 3) < 4 * (96 / count) ** 0.5
-    assert float(noise.abs().max()) <= (48 * math.log(2)) ** 0.5
+    drawn = noise.gaussian_noise(torch.tensor(3), 0, 0, 1000, 401)
+    count = drawn.numel()
+    assert drawn.shape == (1000, 401)
+    assert abs(float(drawn.mean())) < 4 / count**0.5
+    assert abs(float(drawn.var()) - 1) < 4 * (2 / count) ** 0.5
+    assert abs(float((drawn**4).mean()) - 3) < 4 * (96 / count) ** 0.5
+    assert float(drawn.abs().max()) <= (48 * math.log(2)) ** 0.5
     # neighbours in a row, in a column, and the two streams are uncorrelated
-    other = reference.gaussian_noise(torch.tensor(3), 1, 0, 1000, 401)
-    for a, b in ((noise[:, 1:], noise[:, :-1]), (noise[1:], noise[:-1]), (noise, other)):
+    other = noise.gaussian_noise(torch.tensor(3), 1, 0, 1000, 401)
+    for a, b in ((drawn[:, 1:], drawn[:, :-1]), (drawn[1:], drawn[:-1]), (drawn, other)):
         assert abs(float((a * b).mean())) < 4 / a.numel() ** 0.5
 
 
 def test_noise_of_a_shard_is_the_shard_of_the_noise() -> None:
     seed = torch.tensor(-12345)
-    whole = reference.gaussian_noise(seed, 0, 0, 20, 9)
-    torch.testing.assert_close(reference.gaussian_noise(seed, 0, 13, 7, 9), whole[13:], rtol=0, atol=0)
+    whole = noise.gaussian_noise(seed, 0, 0, 20, 9)
+    torch.testing.assert_close(noise.gaussian_noise(seed, 0, 13, 7, 9), whole[13:], rtol=0, atol=0)

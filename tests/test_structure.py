@@ -2,105 +2,71 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
+import grimp
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "modest_align_kernels"
-
-# A module may import what stands below it here, and nothing else of the project.
-ALLOWED = {
-    "reference": set(),
-    "backends": set(),
-    "backends.eager": {"backends", "reference"},
-    "backends.native": set(),  # takes cpu or cuda by the tensor's device
-    "backends.native.addresses": set(),
-    "backends.native.cpu": {"_C", "backends", "backends.native.addresses"},
-    "backends.native.cuda": {"_C", "backends", "backends.native.addresses"},
-    "backends.triton": {
-        "backends.triton.contrastive_grads",
-        "backends.triton.contrastive_stats",
-        "backends.triton.perturb_normalize",
-    },
-    "backends.triton.contrastive_grads": {"backends", "backends.triton.logits", "backends.triton.tiles"},
-    "backends.triton.contrastive_stats": {"backends", "backends.triton.logits", "backends.triton.tiles"},
-    "backends.triton.logits": set(),
-    "backends.triton.perturb_normalize": {"backends"},
-    "backends.triton.tiles": set(),
-    "ops": {"backends"},
-    "autograd": {"ops", "reference"},
-    "dispatch": {"_C"},
-    "functional": {"dispatch", "autograd", "backends"},
-    "modules": {"functional"},
-    "testing": {"reference"},
-    "": {"dispatch", "functional", "modules"},
-}
+LIBRARY, TRAINER = "modest_align_kernels", "modest_align_train"
+BACKENDS, COMPILED = f"{LIBRARY}.backends", f"{LIBRARY}._C"
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file's import statements may load, wherever they stand."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            submodule = [path.parent, ROOT, ROOT / "python"]
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {
-                name
-                for name in names
-                for root in submodule[1:]
-                for suffix in (".py", ".pyi")
-                if (root / (name.replace(".", "/") + suffix)).exists()
-            }
-            found |= modules or {node.module}
-    return found
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    graph = grimp.build_graph(LIBRARY, TRAINER, include_external_packages=True, cache_dir=None)
+    # grimp knows files of Python alone: an import of the compiled module looks like one of the whole package.
+    graph.add_module(COMPILED)
+    for importer in graph.find_modules_that_directly_import(LIBRARY):
+        lines = graph.get_import_details(importer=importer, imported=LIBRARY)
+        if all(line["line_contents"] == f"from {LIBRARY} import _C" for line in lines):
+            graph.remove_import(importer=importer, imported=LIBRARY)
+            graph.add_import(importer=importer, imported=COMPILED)
+    return graph
 
 
-def library_modules() -> list[str]:
-    names = []
-    for path in sorted(LIBRARY.rglob("*.py")):
-        parts = path.relative_to(LIBRARY).with_suffix("").parts
-        names.append(".".join(part for part in parts if part != "__init__"))
-    return names
+def imports_of(graph: grimp.ImportGraph, package: str) -> set[str]:
+    """What a module, or what is in a package, imports from outside itself and the standard library."""
+    members = {package} | graph.find_descendants(package)
+    imports = set().union(*map(graph.find_modules_directly_imported_by, members)) - members
+    return {name for name in imports if name.split(".")[0] not in sys.stdlib_module_names}
 
 
-def path_of(name: str) -> Path:
-    path = LIBRARY.joinpath(*name.split(".")) if name else LIBRARY
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def test_arrows_go_one_way(graph: grimp.ImportGraph) -> None:
+    registry, contract = f"{BACKENDS}.registry", f"{BACKENDS}.contract"
+    layers = (
+        *(f"{LIBRARY}.{name}" for name in ("testing", "reference", "modules", "functional")),
+        {f"{LIBRARY}.dispatch", f"{LIBRARY}.autograd"},
+        f"{LIBRARY}.ops",
+        registry,
+        graph.find_children(BACKENDS) - {registry, contract},
+        {COMPILED, contract, f"{LIBRARY}.noise"},
+    )
+    # No layer imports one above it, nor its neighbour in a set, be it by way of modules that are in no layer.
+    against = graph.find_illegal_dependencies_for_layers(layers)
+    assert not against, [(route.heads, route.middle, route.tails) for found in against for route in found.routes]
 
 
-def test_every_module_has_its_place() -> None:
-    assert set(library_modules()) == set(ALLOWED)
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        (LIBRARY, {"torch", "triton"}),
+        (f"{LIBRARY}.noise", {"torch"}),
+        (f"{LIBRARY}.reference", {"torch", f"{LIBRARY}.noise"}),
+        (f"{LIBRARY}.testing", {"torch", f"{LIBRARY}.reference"}),
+    ],
+)
+def test_imports_are_few(graph: grimp.ImportGraph, package: str, allowed: set[str]) -> None:
+    assert imports_of(graph, package) <= allowed
 
 
-@pytest.mark.parametrize("name", sorted(ALLOWED))
-def test_arrows_go_one_way(name: str) -> None:
-    project = {
-        module.removeprefix("modest_align_kernels").removeprefix(".")
-        for module in imports_of(path_of(name))
-        if module.split(".")[0] == "modest_align_kernels"
-    }
-    assert project <= ALLOWED[name]
-    assert not any(module.startswith("modest_align_train") for module in imports_of(path_of(name)))
+def test_the_trainer_uses_the_public_face_only(graph: grimp.ImportGraph) -> None:
+    assert {name for name in imports_of(graph, TRAINER) if name.startswith(LIBRARY)} == {LIBRARY}
 
 
-def test_the_trainer_uses_the_public_face_only() -> None:
-    public = {"modest_align_kernels"}
-    for path in sorted((ROOT / "python" / "modest_align_train").glob("*.py")):
-        used = {module for module in imports_of(path) if module.split(".")[0] == "modest_align_kernels"}
-        assert used <= public, path
-
-
-def test_only_ops_registers_operators() -> None:
-    for name in library_modules():
-        if name != "ops":
-            assert "torch.library" not in path_of(name).read_text(), name
+def test_only_native_imports_the_compiled_module(graph: grimp.ImportGraph) -> None:
+    importers = graph.find_modules_that_directly_import(COMPILED)
+    assert importers <= {f"{BACKENDS}.native"} | graph.find_descendants(f"{BACKENDS}.native")
 
 
 def test_import_is_quiet_and_touches_no_gpu() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
-from itertools import pairwise
 
 import pytest
 import torch
 
-from modest_align_kernels import available_backends, modest_align_loss, reference
-from modest_align_kernels.backends import even_blocks, gradient_blocks, round_up
+from modest_align_kernels import available_backends, modest_align_loss, ops, reference
+from modest_align_kernels.backends import blocks, even_block, gradient_block, round_up
+from modest_align_kernels.noise import TEXTS, random_bits
 from modest_align_kernels.testing import Case, assert_within_budget, make_features, poisoned_memory, value_and_grads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,6 +21,11 @@ stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
 tiles = import_module("modest_align_kernels.backends.triton.tiles")
+
+
+def perturb_normalize(x, seed=None, noise_std=None, noise_stream=0, relative_noise=False, dtype=torch.float32):
+    noise = seed, noise_std, noise_stream, relative_noise
+    return ops.perturb_normalize(x, *noise, None, operand_dtype=dtype, backend="triton")
 
 
 def triton_loss(*args, **kwargs):
@@ -33,6 +39,14 @@ def test_around_one_tile(rows: int, columns: int) -> None:
         case = Case(f"{rows} x {columns}, {groups} groups", rows, columns, 24, groups=groups)
         with poisoned_memory():
             assert_within_budget(triton_loss, case, torch.float32, DEVICE)
+
+
+def test_tiles_with_more_rows_than_columns(monkeypatch) -> None:
+    # as on a Hopper GPU: the diagonal also crosses tiles that begin right of it
+    monkeypatch.setattr(tiles, "INTERPRETER_TILE", tiles.Tile(64, 32, 16, 1, 1))
+    for groups in (0, 9):
+        case = Case(f"tall tiles, {groups} groups", 70, 140, 24, groups=groups)
+        assert_within_budget(triton_loss, case, torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -57,7 +71,7 @@ def test_tiles_whose_exponentials_vanish(scale: float, geometry: str) -> None:
 def test_any_number_of_features(features: int) -> None:
     x, y = make_features(Case("", 9, 11, features), torch.float32, DEVICE)
     x, y = x.T.contiguous().T, y[:, ::1]
-    x_hat, inv_norm = normalize.perturb_normalize(x, None, 0, 0.0, False, torch.float32)
+    x_hat, inv_norm, _ = perturb_normalize(x)
     assert x_hat.shape[1] % 64 == 0
     assert not x_hat[:, features:].any()
     x_hat = x_hat[:, :features]
@@ -75,46 +89,72 @@ def test_noise_has_the_references_integers(first_row: int) -> None:
     import triton.language as tl
 
     @triton.jit
-    def words_kernel(seed, out, first_row, stream, GROUPS: tl.constexpr):
+    def words_kernel(seed, out, first_row, noise_stream, GROUPS: tl.constexpr):
         row = first_row + tl.arange(0, 8).to(tl.int64)
-        words = normalize._noise_words(tl.load(seed), row[:, None], tl.arange(0, GROUPS)[None, :], stream)
+        words = normalize._noise_words(tl.load(seed), row[:, None], tl.arange(0, GROUPS)[None, :], noise_stream)
         place = (tl.arange(0, 8) * GROUPS * 4)[:, None] + (tl.arange(0, GROUPS) * 4)[None, :]
         for lane in tl.static_range(4):
             tl.store(out + place + lane, words[lane].to(tl.int64))
 
     seed = torch.tensor((77 << 40) + 123456789, device=DEVICE)
     out = torch.empty((8, 32), dtype=torch.int64, device=DEVICE)
-    words_kernel[(1,)](seed, out, first_row, 1, GROUPS=8)
-    assert torch.equal(out & 0xFFFFFFFF, reference.random_bits(seed, 1, first_row, 8, 32))
+    words_kernel[(1,)](seed, out, first_row, TEXTS, GROUPS=8)
+    assert torch.equal(out & 0xFFFFFFFF, random_bits(seed, TEXTS, first_row, 8, 32))
 
 
 @pytest.mark.parametrize(("relative", "rtol"), [(False, 1e-5), (True, 1e-5)])
 def test_noise_is_the_references(relative: bool, rtol: float) -> None:
     x, _ = make_features(Case("", 21, 21, 50), torch.float32, DEVICE)
-    seed = torch.tensor(987654321987, device=DEVICE)
-    x_hat, _ = normalize.perturb_normalize(x, seed, 1, 0.5, relative, torch.float32)
-    truth = reference.perturb_normalize(x.double(), seed=seed, stream=1, noise_std=0.5, relative_noise=relative)
+    seed, std = torch.tensor(987654321987, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    x_hat, _, _ = perturb_normalize(x, seed, std, TEXTS, relative)
+    noise = {"seed": seed, "noise_stream": TEXTS, "noise_std": 0.5, "relative_noise": relative}
+    truth = reference.perturb_normalize(x.double(), **noise)
     assert ((x_hat.double()[:, :50] - truth).norm(dim=1) <= rtol).all()
 
 
-def test_blocks_cover_everything_without_a_tiny_tail() -> None:
-    for total, largest, multiple in ((1, 5, 4), (100, 64, 32), (65536, 11585, 256), (65537, 11585, 256), (7, 1000, 64)):
-        blocks = even_blocks(total, largest, multiple)
-        assert blocks[0][0] == 0
-        assert blocks[-1][1] == total
-        assert all(a[1] == b[0] for a, b in pairwise(blocks))
-        assert all(last - first <= max(round_up(largest, multiple), multiple) for first, last in blocks)
-        if total > largest:
-            assert min(b - a for a, b in blocks) >= max(b - a for a, b in blocks) - len(blocks) * multiple
+def test_nan_survives_the_waves(monkeypatch) -> None:
+    # The columns' sums of the first wave are NaN: merging the later waves must not lose that.
+    monkeypatch.setattr(stats, "WORKSPACE_BYTES", 1)
+    x, y = make_features(Case("", 100, 130, 24), torch.float32, DEVICE)
+    x[3, 5] = math.nan
+    x_hat, y_hat = perturb_normalize(x)[0], perturb_normalize(y)[0]
+    for scale in (14.3, 1000.0):
+        scale_tensor = torch.tensor(scale, device=DEVICE)
+        ids = None, None, False
+        row_lse, col_lse = ops.contrastive_stats(x_hat, y_hat, scale_tensor, *ids, col_count=130, backend="triton")
+        assert row_lse.isnan().nonzero().flatten().tolist() == [3]
+        assert col_lse.isnan().all()
 
 
-@pytest.mark.parametrize("rows", [1000, 65_536, 1_000_000])
-def test_workspace_keeps_its_budget(rows: int) -> None:
-    budget = grads.WORKSPACE_BYTES
-    for columns in (rows, 3 * rows):
-        row_blocks, column_blocks = gradient_blocks(rows, columns, budget // 2, 256, 128)
-        height, width = (max(b - a for a, b in blocks) for blocks in (row_blocks, column_blocks))
-        assert round_up(height, 256) * round_up(width, 128) * 2 <= 1.1 * budget
+EXTREMES = [(1, 1_000_000), (8, 10_000_000), (65_536, 65_536), (1_000_000, 1_000_000), (1, 1)]
+
+
+@pytest.mark.parametrize("multiple", [1, 32, 256])
+def test_even_blocks_cover_everything_without_a_tiny_tail(multiple: int) -> None:
+    for total in (1, 8, 100, 65_536, 65_537, 10_000_000):
+        for largest in (7, 64, 11_585, 20_000_000):
+            size = even_block(total, largest, multiple)
+            parts = [part.stop - part.start for part in blocks(total, size)]
+            assert size % multiple == 0
+            assert size <= max(largest, multiple)
+            assert sum(parts) == total
+            assert set(parts[:-1]) <= {size}
+            assert parts[-1] > size - len(parts) * multiple
+
+
+@pytest.mark.parametrize(("rows", "columns"), EXTREMES)
+@pytest.mark.parametrize("tile", [(1, 1), (32, 64), (256, 128)])
+@pytest.mark.parametrize("elements", [1, 64 * 64, grads.WORKSPACE_BYTES // 4, grads.WORKSPACE_BYTES // 2])
+def test_a_gradient_block_keeps_its_budget(elements: int, tile: tuple[int, int], rows: int, columns: int) -> None:
+    height, width = gradient_block(rows, columns, elements, *tile)
+    assert height % tile[0] == 0
+    assert width % tile[1] == 0
+    assert height * width <= max(elements, tile[0] * tile[1])
+    # none is larger than what it covers, up to whole tiles, and few make G: it is near square, or as long as a side
+    assert height <= round_up(rows, tile[0])
+    assert width <= round_up(columns, tile[1])
+    if elements >= 2**16 * tile[0] * tile[1]:
+        assert height * width >= min(elements, round_up(rows, tile[0]) * round_up(columns, tile[1])) / 4
 
 
 def test_every_architecture_has_a_tile() -> None:

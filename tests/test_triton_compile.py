@@ -45,17 +45,24 @@ def compile_all(jobs: list[list]) -> list[dict]:
 
 def matmul_jobs(capabilities: tuple[int, ...]) -> list[list]:
     return [
-        [kernel, capability, dtype, 0]
+        [kernel, capability, dtype, 0, ids]
         for capability in capabilities
         for dtype in ("float16", "float32")
         for kernel in MATMULS
+        for ids in (False, True)
     ]
 
 
+def rowwise_jobs(widths: tuple[int, ...]) -> list[list]:
+    return [[kernel, 90, "float16", width, False] for kernel in ROWWISE for width in widths]
+
+
 def check(result: dict) -> None:
-    what = f"{result['kernel']} for sm_{result['capability']}, {result['dtype']}, {result['tile']}"
+    what = f"{result['kernel']} for sm_{result['capability']}, {result['dtype']}, {result['tile']}, ids={result['ids']}"
     # The sines and cosines of the noise have a stack for arguments far past 2 pi, which theirs never are.
     allowed = 32 if result["kernel"] == "perturb_normalize_kernel" else 0
+    if result["kernel"] in MATMULS and result["triton"] < [3, 9]:
+        allowed = 128  # once a tile, after the loop
     assert result["spilled"] <= allowed, f"{what} spills {result['spilled']} bytes"
     assert result["registers"] <= 255, what
     assert result["shared"] <= SHARED_MEMORY[result["capability"]], what
@@ -67,7 +74,7 @@ def check(result: dict) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_matmul_kernels(capability: int) -> None:
     results = compile_all(matmul_jobs((capability,)))
-    assert len(results) == 4
+    assert len(results) == 8
     for result in results:
         check(result)
 
@@ -79,8 +86,7 @@ def test_matmul_kernels_of_sm_80_on_sm_89() -> None:
 
 
 def test_rowwise_kernels_read_16_bytes_at_a_time() -> None:
-    jobs = [[kernel, 90, "float16", features] for kernel in ROWWISE for features in (512, 1024, 4096)]
-    for result in compile_all(jobs):
+    for result in compile_all(rowwise_jobs((512, 1024, 4096))):
         check(result)
         assert result["wide_loads"] > 0, result
 
@@ -88,23 +94,21 @@ def test_rowwise_kernels_read_16_bytes_at_a_time() -> None:
 # What follows runs in the processes that compile.
 
 
-def compile_one(kernel: str, capability: int, dtype: str, features: int) -> dict:
+def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from modest_align_kernels.backends.triton import contrastive_grads, contrastive_stats, perturb_normalize, tiles
 
-    modules = {
-        f.__module__: sys.modules[f.__module__] for f in (contrastive_grads, contrastive_stats, perturb_normalize)
-    }
-    function = next(getattr(module, kernel) for module in modules.values() if hasattr(module, kernel))
+    modules = (contrastive_grads, contrastive_stats, perturb_normalize)
+    function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
     torch_dtype = getattr(torch, dtype)
     operand = "*fp16" if dtype == "float16" else "*fp32"
-    operands = {"x", "x_hat", "y_hat", "probabilities", "pair_hat", "dx"}
-    types = {"ids": "*i32", "seed": "*i64", "noise_std": "fp32", "log2_gain": "fp32"}
-    integers = {"rows", "first_row", "wave_rows", "first_col", "wave_columns", "columns", "paired", "pairs"}
-    integers |= {"features", "width", "stride", "row_stride", "stream"}
+    operands = {"x", "x_hat", "y_hat", "g", "pair_hat", "dx"}
+    types = {"row_ids": "*i32", "col_ids": "*i32", "seed": "*i64", "gain": "fp32"}
+    integers = {"rows", "first_row", "wave_rows", "block_rows", "columns", "first_col", "block_columns", "col_count"}
+    integers |= {"features", "width", "pairs", "stride", "row_stride", "noise_stream"}
     if kernel in MATMULS:
         known = max(c for c, d in tiles.TILES if d == torch_dtype and c <= capability)
         tile = tiles.TILES[known, torch_dtype]
@@ -113,10 +117,14 @@ def compile_one(kernel: str, capability: int, dtype: str, features: int) -> dict
             "BLOCK_COLUMNS": tile.block_columns,
             "BLOCK_FEATURES": tile.block_features,
             "PRECISION": "tf32x3" if dtype == "float32" else "tf32",
+            "IDS": ids,
+            "DIAGONAL": True,
         }
+        if not ids:
+            constants |= {"row_ids": None, "col_ids": None}
         options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
     else:
-        block_rows, block_features, warps = sys.modules[perturb_normalize.__module__].row_blocks(features)
+        block_rows, block_features, warps = perturb_normalize.row_blocks(width)
         constants = {"BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features}
         if kernel == "perturb_normalize_kernel":
             # a stride of 1 is specialised, as it is in a launch
@@ -148,10 +156,11 @@ def compile_one(kernel: str, capability: int, dtype: str, features: int) -> dict
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     instructions = re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)
     return {
+        "triton": [int(part) for part in triton.__version__.split(".")[:2]],
         "kernel": kernel,
         "capability": capability,
         "dtype": dtype,
-        "features": features,
+        "ids": ids,
         "tile": shape,
         "registers": int(registers),
         "spilled": int(stack),
@@ -166,11 +175,14 @@ if __name__ == "__main__":
         print(json.dumps([compile_one(*job) for job in json.loads(sys.argv[1])]))
     else:
         print(
-            "| kernel | sm | operands | tile | registers | spilled | shared, KiB | tensor core |\n" + "|---" * 8 + "|"
+            "| kernel | sm | operands | ids | tile | registers | spilled | shared, KiB | tensor core |\n"
+            + "|---" * 9
+            + "|"
         )
-        for r in compile_all(matmul_jobs((80, 90, 100)) + [[kernel, 90, "float16", 1024] for kernel in ROWWISE]):
+        for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,))):
             cores = ", ".join(f"{count} {name}" for name, count in r["tensor_core"].items())
             print(
-                f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {' x '.join(map(str, r['tile']))} "
-                f"| {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} | {cores} |"
+                f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {'yes' if r['ids'] else 'no'} "
+                f"| {' x '.join(map(str, r['tile']))} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} "
+                f"| {cores} |"
             )

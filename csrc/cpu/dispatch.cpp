@@ -10,11 +10,11 @@
 
 #include "../kernels.h"
 
-#define MODEST_ALIGN_LEVEL baseline
+#define MODEST_ALIGN_LEVEL baseline  // of parallel.h, whose declarations alone are wanted
 #include "parallel.h"
 
-// The OpenMP that PyTorch brought into the process, if it is GNU's or speaks its language. Its threads go on spinning for
-// milliseconds after each of PyTorch's operations, and threads of our own would have to wait for their turn.
+// The OpenMP that PyTorch brought into the process, if it is GNU's or speaks its language. Its threads go on spinning
+// for milliseconds after each of PyTorch's operations, and threads of our own would have to wait for their turn.
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
 namespace modest_align {
@@ -124,49 +124,41 @@ void run_team(int threads, void (*body)(void*, Team&), void* context) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-#define MODEST_ALIGN_DECLARE(level)                                                              \
-  namespace level {                                                                              \
-  extern const decltype(CpuKernels::perturb_normalize) perturb_normalize;                        \
-  extern const decltype(CpuKernels::perturb_normalize_backward) perturb_normalize_backward;      \
-  extern const decltype(CpuKernels::contrastive_stats) contrastive_stats;                        \
-  extern const decltype(CpuKernels::contrastive_grads) contrastive_grads;                        \
-  extern const decltype(CpuKernels::contrastive_stats_workspace) contrastive_stats_workspace;    \
-  extern const decltype(CpuKernels::contrastive_grads_workspace) contrastive_grads_workspace;    \
-  }
-#define MODEST_ALIGN_TABLE(level, bfloat16)                                                      \
-  CpuKernels {                                                                                   \
-    #level, bfloat16, level::perturb_normalize, level::perturb_normalize_backward,               \
-        level::contrastive_stats, level::contrastive_grads, level::contrastive_stats_workspace,  \
-        level::contrastive_grads_workspace                                                       \
-  }
-
-MODEST_ALIGN_DECLARE(baseline)
+namespace baseline {
+extern const CpuKernels kernels;
+}
 #ifdef MODEST_ALIGN_X86
-MODEST_ALIGN_DECLARE(avx2)
-MODEST_ALIGN_DECLARE(avx512)
-MODEST_ALIGN_DECLARE(avx512_bf16)
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+namespace avx512_bf16 {
+extern const CpuKernels kernels;
+}
 #endif
 
 namespace {
 
 // Best first.
-std::vector<CpuKernels> runnable() {
-  std::vector<CpuKernels> found;
+std::vector<const CpuKernels*> runnable() {
+  std::vector<const CpuKernels*> found;
 #ifdef MODEST_ALIGN_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(MODEST_ALIGN_TABLE(avx512_bf16, true));
-  if (avx512) found.push_back(MODEST_ALIGN_TABLE(avx512, false));
-  if (avx2) found.push_back(MODEST_ALIGN_TABLE(avx2, false));
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+  if (avx512) found.push_back(&avx512::kernels);
+  if (avx2) found.push_back(&avx2::kernels);
 #endif
-  found.push_back(MODEST_ALIGN_TABLE(baseline, false));
+  found.push_back(&baseline::kernels);
   return found;
 }
 
-const std::vector<CpuKernels>& levels() {
-  static const std::vector<CpuKernels> found = runnable();
+const std::vector<const CpuKernels*>& levels() {
+  static const std::vector<const CpuKernels*> found = runnable();
   return found;
 }
 
@@ -176,13 +168,13 @@ std::atomic<const CpuKernels*> chosen{nullptr};
 
 const CpuKernels& cpu_kernels() {
   const CpuKernels* kernels = chosen.load();
-  return kernels ? *kernels : levels().front();
+  return kernels ? *kernels : *levels().front();
 }
 
 bool set_cpu_level(const char* level) {
-  for (const CpuKernels& kernels : levels()) {
-    if (std::strcmp(kernels.level, level) == 0) {
-      chosen = &kernels;
+  for (const CpuKernels* kernels : levels()) {
+    if (std::strcmp(kernels->level, level) == 0) {
+      chosen = kernels;
       return true;
     }
   }
@@ -192,7 +184,7 @@ bool set_cpu_level(const char* level) {
 const char* const* cpu_levels() {
   static const std::vector<const char*> names = [] {
     std::vector<const char*> found;
-    for (const CpuKernels& kernels : levels()) found.push_back(kernels.level);
+    for (const CpuKernels* kernels : levels()) found.push_back(kernels->level);
     found.push_back(nullptr);
     return found;
   }();

@@ -9,11 +9,6 @@
 namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
 
-MODEST_ALIGN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MODEST_ALIGN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-MODEST_ALIGN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MODEST_ALIGN_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 // acc[m][v] += sum over the steps of left[m] * right[v]
 template <class Operand>
 MODEST_ALIGN_INLINE void multiply_tile(const uint32_t* left, const uint32_t* right, int64_t steps,
@@ -30,11 +25,6 @@ MODEST_ALIGN_INLINE void multiply_tile(const uint32_t* left, const uint32_t* rig
     left += kTileRows;
     right += kTileColumns;
   }
-}
-
-// A thread is worth its start only for some million products.
-MODEST_ALIGN_INLINE int useful_threads(int threads, int64_t products) {
-  return static_cast<int>(larger(1, smaller(threads, products >> 23)));
 }
 
 // Rows of the left operand that are packed together: about a megabyte, for the second cache.
@@ -96,7 +86,7 @@ template <class Operand, int kWidth>
 static void pack_across_rows(uint32_t* packed, const typename Operand::Element* source, int64_t stride, int64_t count,
                              int64_t rows) {
   using Element = typename Operand::Element;
-  const int64_t steps = divide_up(rows, Operand::kPerWord);
+  const int64_t steps = ceil_div(rows, Operand::kPerWord);
   for (int64_t k = 0; k < steps; ++k) {
     const Element* row = source + k * Operand::kPerWord * stride;
     uint32_t* to = packed + k * kWidth;

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "../extents.h"
+
 namespace modest_align {
 
 // Threads that work for one call of a kernel.
@@ -16,6 +18,11 @@ void run_tasks(Team& team, std::int64_t tasks, void (*task)(void*, std::int64_t,
 
 namespace MODEST_ALIGN_LEVEL {
 
+// A thread is worth its start only for some million products.
+MODEST_ALIGN_INLINE int useful_threads(int threads, std::int64_t products) {
+  return static_cast<int>(larger(1, smaller(threads, products >> 23)));
+}
+
 template <class Body>
 static void with_team(int threads, Body&& body) {
   run_team(threads, [](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
@@ -26,6 +33,17 @@ static void parallel(Team& team, std::int64_t tasks, Task&& task) {
   run_tasks(
       team, tasks, [](void* context, std::int64_t index, int worker) { (*static_cast<Task*>(context))(index, worker); },
       &task);
+}
+
+// row(i) for every row, an equal share of them to each thread that `products` make useful.
+template <class Row>
+static void parallel_rows(int threads, std::int64_t rows, std::int64_t products, Row&& row) {
+  const int parts = useful_threads(threads, products);
+  with_team(parts, [&](Team& team) {
+    parallel(team, parts, [&](std::int64_t part, int) {
+      for (std::int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) row(i);
+    });
+  });
 }
 
 }  // namespace MODEST_ALIGN_LEVEL

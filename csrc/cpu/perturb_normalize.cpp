@@ -1,5 +1,7 @@
+#include <type_traits>
+
 #include "../philox.h"
-#include "matmul.h"
+#include "level.h"
 #include "parallel.h"
 
 namespace modest_align {
@@ -12,15 +14,6 @@ constexpr float kTwoToMinus24 = 5.9604644775390625e-08f;
 constexpr int kChunk = 4 * kLanes;
 // Features of a noisy row that is kept between its two passes.
 constexpr int64_t kKept = 8192;
-
-MODEST_ALIGN_INLINE float load_element(const float* p) { return *p; }
-MODEST_ALIGN_INLINE float load_element(const uint16_t* p) { return from_bfloat16(*p); }
-MODEST_ALIGN_INLINE Vec load_vector(const float* p) { return load<Vec>(p); }
-MODEST_ALIGN_INLINE Vec load_vector(const uint16_t* p) { return load_bfloat16(p); }
-MODEST_ALIGN_INLINE void store_element(float* p, float x) { *p = x; }
-MODEST_ALIGN_INLINE void store_element(uint16_t* p, float x) { *p = to_bfloat16(x); }
-MODEST_ALIGN_INLINE void store_vector(float* p, Vec v) { store(p, v); }
-MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec v) { store_bfloat16(p, v); }
 
 // kLanes elements of a row from `d` on, zero past the row's end.
 template <class Element>
@@ -37,14 +30,15 @@ MODEST_ALIGN_INLINE void store_ragged(Element* row, int64_t d, int64_t features,
   for (int64_t lane = 0; d + lane < features; ++lane) store_element(row + d + lane, v[lane]);
 }
 
-// Standard normal noise of the features [d, d + kChunk) of a row, as reference.gaussian_noise draws it.
-MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int stream, uint64_t row, int64_t d, float (&noise)[kChunk]) {
+// Standard normal noise of the features [d, d + kChunk) of a row, as noise.gaussian_noise draws it.
+MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int noise_stream, uint64_t row, int64_t d,
+                                        float (&noise)[kChunk]) {
   uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     c0[lane] = static_cast<uint32_t>(d / 4 + lane);
     c1[lane] = static_cast<uint32_t>(row);
     c2[lane] = static_cast<uint32_t>(row >> 32);
-    c3[lane] = static_cast<uint32_t>(stream);
+    c3[lane] = static_cast<uint32_t>(noise_stream);
   }
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -71,128 +65,120 @@ MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int stream, uint64_t row,
   }
 }
 
-template <class Input, class Output>
-void normalize_rows(const Input* x, const int64_t* seed, int stream, float noise_std, bool relative_noise,
-                    Output* x_hat, float* inv_norm, int64_t rows, int64_t features, int64_t width, int threads) {
-  const int parts = useful_threads(threads, rows * width * (seed ? 64 : 16));
-  with_team(parts, [&](Team& team) { parallel(team, parts, [&](int64_t part, int) {
-    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-      const Input* row = x + i * features;
-      Output* to = x_hat + i * width;
-      float std = noise_std;
-      if (seed && relative_noise) {
-        Vec squares = {};
-        for (int64_t d = 0; d < features; d += kLanes) {
-          const Vec v = load_ragged(row, d, features);
-          squares += v * v;
-        }
-        std *= static_cast<float>(__builtin_sqrt(sum(squares) / features));
-      }
-      // A noisy row is kept for the second pass, or drawn again if it is too long for the stack.
-      float kept[kKept];
-      const bool keep = seed && width <= kKept;
-      for (int writing = 0; writing < 2; ++writing) {
-        Vec squares = {};
-        const float inverse = writing ? inv_norm[i] : 0.0f;
-        for (int64_t d = 0; d < width; d += kChunk) {
-          float noise[kChunk];
-          const bool draw = seed && !(keep && writing);
-          if (draw) gaussian_noise(static_cast<uint64_t>(*seed), stream, static_cast<uint64_t>(i), d, noise);
-          for (int64_t c = d; c < d + kChunk && c < width; c += kLanes) {
-            Vec v;
-            if (keep && writing) {
-              v = load<Vec>(kept + c);
-            } else {
-              v = load_ragged(row, c, features);
-              if (draw) v += load<Vec>(noise + (c - d)) * std;
-              for (int lane = 0; c + kLanes > features && lane < kLanes; ++lane) {
-                if (c + lane >= features) v[lane] = 0.0f;
-              }
-              if (keep) store(kept + c, v);
-            }
-            if (writing) {
-              store_vector(to + c, v * inverse);
-            } else {
-              squares += v * v;
-            }
-          }
-        }
-        if (!writing) {
-          const float norm = static_cast<float>(__builtin_sqrt(sum(squares)));
-          inv_norm[i] = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
-        }
-      }
+// The features [d, d + kChunk) of a row, with its noise; zero past D.
+template <class Input>
+MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, float std, int64_t d, Vec (&chunk)[4]) {
+  const Input* x = static_cast<const Input*>(a.x) + row * a.row_stride;
+  float noise[kChunk];
+  if (a.seed) gaussian_noise(static_cast<uint64_t>(*a.seed), a.noise_stream, static_cast<uint64_t>(row), d, noise);
+  for (int v = 0; v < 4; ++v) {
+    const int64_t c = d + v * kLanes;
+    chunk[v] = load_ragged(x, c, a.features);
+    if (!a.seed) continue;
+    chunk[v] += load<Vec>(noise + v * kLanes) * std;
+    for (int lane = 0; c + kLanes > a.features && lane < kLanes; ++lane) {
+      if (c + lane >= a.features) chunk[v][lane] = 0.0f;
     }
-  }); });
+  }
+}
+
+template <class Input>
+MODEST_ALIGN_INLINE float noise_std_of(const PerturbNormalize& a, int64_t row) {
+  if (!a.seed || !a.relative_noise) return a.seed ? *a.noise_std : 0.0f;
+  const Input* x = static_cast<const Input*>(a.x) + row * a.row_stride;
+  Vec squares = {};
+  for (int64_t d = 0; d < a.features; d += kLanes) {
+    const Vec v = load_ragged(x, d, a.features);
+    squares += v * v;
+  }
+  return *a.noise_std * static_cast<float>(__builtin_sqrt(sum(squares) / a.features));
+}
+
+template <class Input, class Output>
+void normalize_row(const PerturbNormalize& a, int64_t row) {
+  // A noisy row is kept, or drawn again if it is too long for the stack.
+  float kept[kKept];
+  const bool keep = a.seed && a.width <= kKept;
+  const float std = noise_std_of<Input>(a, row);
+  Vec squares = {}, chunk[4];
+  for (int64_t d = 0; d < a.width; d += kChunk) {
+    noisy_chunk<Input>(a, row, std, d, chunk);
+    for (const Vec& v : chunk) squares += v * v;
+    if (keep) std::memcpy(kept + d, chunk, sizeof chunk);
+  }
+  const float norm = static_cast<float>(__builtin_sqrt(sum(squares)));
+  const float inverse = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
+  a.inv_norm[row] = inverse;
+
+  Output* x_hat = static_cast<Output*>(a.x_hat) + row * a.width;
+  const Output* pair_hat = row < a.pairs ? static_cast<const Output*>(a.pair_hat) + row * a.width : nullptr;
+  Vec dot = {};
+  for (int64_t d = 0; d < a.width; d += kChunk) {
+    if (keep) {
+      std::memcpy(chunk, kept + d, sizeof chunk);
+    } else {
+      noisy_chunk<Input>(a, row, std, d, chunk);
+    }
+    for (int v = 0; v < 4; ++v) {
+      const int64_t c = d + v * kLanes;
+      store_vector(x_hat + c, chunk[v] * inverse);
+      if (pair_hat) dot += load_vector(x_hat + c) * load_vector(pair_hat + c);
+    }
+  }
+  if (pair_hat) a.pair_dot[row] = static_cast<float>(sum(dot));
 }
 
 template <class Operand, class Output>
-void backward_rows(const float* grad, const Operand* x_hat, const float* inv_norm, const Operand* pair_hat,
-                   const float* pair_weight, const float* offset, float factor, Output* dx, float* row_dot,
-                   int64_t rows, int64_t pairs, int64_t features, int64_t width, int threads) {
-  const int parts = useful_threads(threads, rows * width * 16);
-  with_team(parts, [&](Team& team) { parallel(team, parts, [&](int64_t part, int) {
-    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-      const bool paired = i < pairs;
-      const float* row_offset = paired ? offset : offset + width;
-      const float weight = paired ? pair_weight[i] : 0.0f;
-      const Operand* pair = pair_hat + (paired ? i : 0) * width;
-      const auto gradient = [&](int64_t d) {
-        const Vec g = load<Vec>(grad + i * width + d) + load<Vec>(row_offset + d);
-        return (paired ? g + load_vector(pair + d) * weight : g) * factor;
-      };
-      Vec products = {};
-      for (int64_t d = 0; d < width; d += kLanes) products += load_vector(x_hat + i * width + d) * gradient(d);
-      row_dot[i] = static_cast<float>(sum(products));
-      // A row whose norm was below 1e-12 was divided by a constant: no projection there.
-      const float projection = inv_norm[i] < 1 / kMinNorm ? row_dot[i] : 0.0f;
-      for (int64_t d = 0; d < features; d += kLanes) {
-        const Vec result = (gradient(d) - load_vector(x_hat + i * width + d) * projection) * inv_norm[i];
-        store_ragged(dx + i * features, d, features, result);
-      }
-    }
-  }); });
-}
-
-void forward(const void* x, Dtype x_dtype, const int64_t* seed, int stream, float noise_std, bool relative_noise,
-             void* x_hat, Dtype operand_dtype, float* inv_norm, int64_t rows, int64_t features, int64_t width,
-             int threads) {
-  const auto run = [&](auto* in, auto* out) {
-    normalize_rows(in, seed, stream, noise_std, relative_noise, out, inv_norm, rows, features, width, threads);
+void backward_row(const PerturbNormalizeBackward& a, int64_t row) {
+  const Operand* x_hat = static_cast<const Operand*>(a.x_hat) + row * a.width;
+  const bool paired = row < a.pairs;
+  const float* offset = paired ? a.offset : a.offset + a.width;
+  const float weight = paired ? a.pair_weight[row] : 0.0f;
+  const Operand* pair_hat = static_cast<const Operand*>(a.pair_hat) + (paired ? row : 0) * a.width;
+  const auto gradient = [&](int64_t d) {
+    const Vec g = load<Vec>(a.grad + row * a.width + d) + load<Vec>(offset + d);
+    return (paired ? g + load_vector(pair_hat + d) * weight : g) * *a.factor;
   };
-  const float* floats = static_cast<const float*>(x);
-  const uint16_t* halves = static_cast<const uint16_t*>(x);
-  if (x_dtype == Dtype::bfloat16) {
-    operand_dtype == Dtype::bfloat16 ? run(halves, static_cast<uint16_t*>(x_hat))
-                                     : run(halves, static_cast<float*>(x_hat));
-  } else {
-    operand_dtype == Dtype::bfloat16 ? run(floats, static_cast<uint16_t*>(x_hat))
-                                     : run(floats, static_cast<float*>(x_hat));
+  Vec products = {};
+  for (int64_t d = 0; d < a.width; d += kLanes) products += load_vector(x_hat + d) * gradient(d);
+  const float dot = static_cast<float>(sum(products));
+  a.row_dot[row] = dot;
+  // A row whose norm was below 1e-12 was divided by a constant: no projection there.
+  const float projection = a.inv_norm[row] < 1 / kMinNorm ? dot : 0.0f;
+  Output* dx = static_cast<Output*>(a.dx) + row * a.features;
+  for (int64_t d = 0; d < a.features; d += kLanes) {
+    store_ragged(dx, d, a.features, (gradient(d) - load_vector(x_hat + d) * projection) * a.inv_norm[row]);
   }
 }
 
-void backward(const float* grad, const void* x_hat, Dtype operand_dtype, const float* inv_norm, const void* pair_hat,
-              const float* pair_weight, const float* offset, const float* factor, void* dx, Dtype dx_dtype,
-              float* row_dot, int64_t rows, int64_t pairs, int64_t features, int64_t width, int threads) {
-  const auto run = [&](auto* unit, auto* out) {
-    backward_rows(grad, unit, inv_norm, static_cast<decltype(unit)>(pair_hat), pair_weight, offset, *factor, out,
-                  row_dot, rows, pairs, features, width, threads);
+// Calls function(element, element) with null pointers of the two types.
+template <class Function>
+void with_elements(Dtype first, Dtype second, Function&& function) {
+  const auto with_second = [&](auto* element) {
+    second == Dtype::bfloat16 ? function(element, static_cast<uint16_t*>(nullptr))
+                              : function(element, static_cast<float*>(nullptr));
   };
-  const float* floats = static_cast<const float*>(x_hat);
-  const uint16_t* halves = static_cast<const uint16_t*>(x_hat);
-  if (operand_dtype == Dtype::bfloat16) {
-    dx_dtype == Dtype::bfloat16 ? run(halves, static_cast<uint16_t*>(dx)) : run(halves, static_cast<float*>(dx));
-  } else {
-    dx_dtype == Dtype::bfloat16 ? run(floats, static_cast<uint16_t*>(dx)) : run(floats, static_cast<float*>(dx));
-  }
+  first == Dtype::bfloat16 ? with_second(static_cast<uint16_t*>(nullptr)) : with_second(static_cast<float*>(nullptr));
 }
+
+template <class Pointer>
+using Pointed = std::remove_pointer_t<Pointer>;
 
 }  // namespace
 
-extern const decltype(CpuKernels::perturb_normalize) perturb_normalize;
-extern const decltype(CpuKernels::perturb_normalize_backward) perturb_normalize_backward;
-const decltype(CpuKernels::perturb_normalize) perturb_normalize = forward;
-const decltype(CpuKernels::perturb_normalize_backward) perturb_normalize_backward = backward;
+void perturb_normalize(const PerturbNormalize& a) {
+  with_elements(a.x_dtype, a.operand_dtype, [&](auto* in, auto* out) {
+    parallel_rows(a.threads, a.rows, a.rows * a.width * (a.seed ? 64 : 16),
+                  [&](int64_t row) { normalize_row<Pointed<decltype(in)>, Pointed<decltype(out)>>(a, row); });
+  });
+}
+
+void perturb_normalize_backward(const PerturbNormalizeBackward& a) {
+  with_elements(a.operand_dtype, a.dx_dtype, [&](auto* in, auto* out) {
+    parallel_rows(a.threads, a.rows, a.rows * a.width * 16,
+                  [&](int64_t row) { backward_row<Pointed<decltype(in)>, Pointed<decltype(out)>>(a, row); });
+  });
+}
 
 }  // namespace MODEST_ALIGN_LEVEL
 }  // namespace modest_align

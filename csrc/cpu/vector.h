@@ -1,7 +1,7 @@
 // Vectors of float32 in the width of the level that this file is compiled for, and the functions on them.
 //
-// A level's files use nothing of the C++ library: an inline function of it, compiled here for AVX-512, could be the copy
-// that the linker keeps for every level, and a machine without AVX-512 would stop at it.
+// A level's files use nothing of the C++ library: an inline function of it, compiled here for AVX-512, could be the
+// copy that the linker keeps for every level, and a machine without AVX-512 would stop at it.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../extents.h"
 #include "../kernels.h"
-
-#define MODEST_ALIGN_INLINE static inline __attribute__((always_inline))
 
 namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
@@ -135,11 +134,18 @@ MODEST_ALIGN_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
 }
 
-MODEST_ALIGN_INLINE Vec load_bfloat16(const uint16_t* p) {
+// Elements are float, or uint16_t that hold bfloat16.
+MODEST_ALIGN_INLINE float load_element(const float* p) { return *p; }
+MODEST_ALIGN_INLINE float load_element(const uint16_t* p) { return from_bfloat16(*p); }
+MODEST_ALIGN_INLINE void store_element(float* p, float x) { *p = x; }
+MODEST_ALIGN_INLINE void store_element(uint16_t* p, float x) { *p = to_bfloat16(x); }
+
+MODEST_ALIGN_INLINE Vec load_vector(const float* p) { return load<Vec>(p); }
+MODEST_ALIGN_INLINE Vec load_vector(const uint16_t* p) {
   return bits<Vec>(__builtin_convertvector(load<HalfVec>(p), WordVec) << 16);
 }
-
-MODEST_ALIGN_INLINE void store_bfloat16(uint16_t* p, Vec x) {
+MODEST_ALIGN_INLINE void store_vector(float* p, Vec x) { store(p, x); }
+MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec x) {
   const WordVec word = bits<WordVec>(x);
   const WordVec rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
   const WordVec kept = x == x ? rounded : 0x7FC0 - WordVec{};
@@ -150,14 +156,11 @@ MODEST_ALIGN_INLINE void store_bfloat16(uint16_t* p, Vec x) {
 struct Float32 {
   using Element = float;
   static constexpr int kPerWord = 1;
-  MODEST_ALIGN_INLINE Vec multiply_add(Vec sum, uint32_t a, WordVec b) {
-    return sum + bits<float>(a) * bits<Vec>(b);
-  }
-  MODEST_ALIGN_INLINE Vec load_vector(const float* p) { return load<Vec>(p); }
-  MODEST_ALIGN_INLINE void store_vector(float* p, Vec v) { store(p, v); }
+  MODEST_ALIGN_INLINE Vec multiply_add(Vec sum, uint32_t a, WordVec b) { return sum + bits<float>(a) * bits<Vec>(b); }
 };
 
 #if defined(__AVX512BF16__)
+constexpr bool kBFloat16 = true;
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr int kPerWord = 2;
@@ -165,10 +168,17 @@ struct BFloat16 {
     const WordVec both = a - WordVec{};
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
   }
-  MODEST_ALIGN_INLINE Vec load_vector(const uint16_t* p) { return load_bfloat16(p); }
-  MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec v) { store_bfloat16(p, v); }
 };
+#else
+constexpr bool kBFloat16 = false;
+using BFloat16 = Float32;
 #endif
+
+// Calls function(Operand()).
+template <class Function>
+MODEST_ALIGN_INLINE auto with_operand(Dtype dtype, Function&& function) {
+  return kBFloat16 && dtype == Dtype::bfloat16 ? function(BFloat16()) : function(Float32());
+}
 
 }  // namespace MODEST_ALIGN_LEVEL
 }  // namespace modest_align

@@ -1,6 +1,7 @@
-// The probabilities of a block of negatives, from which two dense matmuls make the gradients.
+// Blocks of G, from which two dense matmuls make the gradients.
 //
-//     G_ij = exp(S_ij - row_lse_i) + exp(S_ij - col_lse_j), times 2^10 so that float16 keeps it normal
+//     G_ij = row_weight_i exp(S_ij - row_lse_i) + col_weight_j exp(S_ij - col_lse_j), times 2^10 so that float16 keeps
+//     it normal
 
 #include <cuda_fp16.h>
 
@@ -11,18 +12,25 @@ namespace modest_align::cuda {
 namespace {
 
 constexpr float kLog2Gain = 10.0f;
-// A weight above this belongs to a logsumexp so low that exponentials under the common shift may have vanished.
-constexpr float kLargestWeight = 1.2379400392853803e27f;  // 2^(80 + 10)
+// Of a softmax whose logsumexp is more binades than this below the shift, exponentials may have vanished.
+constexpr float kLowestBinade = 80.0f;
 
-// weight = 2^(shift + 10 - lse log2 e): with it one exponential under the shift serves a row's and a column's softmax.
-__global__ void weights_kernel(const float* __restrict__ scale, const float* __restrict__ row_lse,
-                               const float* __restrict__ col_lse, float* __restrict__ row_weight,
-                               float* __restrict__ col_weight, int rows, int columns) {
+// weight 2^(shift + 10 - lse log2 e): with it one exponential under the shift serves a row's and a column's softmax. 0
+// where the softmax is of nothing, infinite where the exponentials have to be taken with care.
+__device__ float softmax_factor(float lse, float weight, float shift) {
+  if (lse == -INFINITY) return 0.0f;
+  const float past = fmaf(-kLog2e, lse, shift);
+  return past > kLowestBinade ? INFINITY : weight * exp2f(past + kLog2Gain);
+}
+
+__global__ void factors_kernel(const float* __restrict__ scale, const float* __restrict__ row_lse,
+                               const float* __restrict__ col_lse, const float* __restrict__ row_weight,
+                               const float* __restrict__ col_weight, float* __restrict__ row_factor,
+                               float* __restrict__ col_factor, int rows, int columns, int col_count) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const LogitScale logit(scale);
-  const float top = logit.shift + kLog2Gain;
-  if (i < rows) row_weight[i] = exp2f(fmaf(-kLog2e, row_lse[i], top));
-  if (i < columns) col_weight[i] = i < rows ? exp2f(fmaf(-kLog2e, col_lse[i], top)) : 0.0f;
+  if (i < rows) row_factor[i] = softmax_factor(row_lse[i], row_weight[i], logit.shift);
+  if (i < columns) col_factor[i] = i < col_count ? softmax_factor(col_lse[i], col_weight[i], logit.shift) : 0.0f;
 }
 
 template <int kColumns_>
@@ -30,16 +38,16 @@ struct GradsTile {
   static constexpr int kColumns = kColumns_;
 
   struct Params {
-    int first_row, first_column;
-    const std::int32_t* ids;
+    Pairs pairs;
     const float* scale;
     const float* row_lse;
     const float* col_lse;
     const float* row_weight;
     const float* col_weight;
-    int paired;               // columns with a softmax of their own
-    __half* probabilities;    // whole tiles, so that no store needs a mask
-    std::int64_t stride;      // from row to row, a multiple of 8
+    const float* row_factor;
+    const float* col_factor;
+    __half* g;            // whole tiles, so that no store needs a mask
+    std::int64_t stride;  // from row to row, a multiple of 8
   };
 
   struct alignas(kSharedAlignment) Shared {};
@@ -48,68 +56,60 @@ struct GradsTile {
   __device__ static void run(const Params& params, Shared&, const Place& place, Dots& dots, int thread) {
     const int lane = thread % 32, quarter = lane % 4;
     const LogitScale logit(params.scale);
-    float row_weight[2];
+    float row_factor[2];
     bool careful_rows = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = place.row + 8 * h;
-      row_weight[h] = i < place.rows ? params.row_weight[place.first_row + i] : 0.0f;
-      careful_rows = careful_rows || row_weight[h] > kLargestWeight;
+      row_factor[h] = i < place.rows ? params.row_factor[params.pairs.first_row + i] : 0.0f;
+      careful_rows = careful_rows || row_factor[h] == INFINITY;
     }
-    __half* out = params.probabilities + place.row * params.stride + (place.column - 2 * quarter) + 8 * quarter;
+    __half* out = params.g + place.row * params.stride + (place.column - 2 * quarter) + 8 * quarter;
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += 4) {  // 32 columns, eight of them this thread's
-      if (place.masked) place.exclude(dots, first, logit.k);
-      float col_weight[8];
+      if (place.some_excluded) place.exclude(dots, first, logit.k);
+      float col_factor[8];
       bool careful = careful_rows;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int j = place.column + 8 * (first + i / 2) + i % 2;
-        col_weight[i] = j < place.columns ? params.col_weight[place.first_column + j] : 0.0f;
-        careful = careful || col_weight[i] > kLargestWeight;
+        const int j = place.column + column_at(first, i);
+        col_factor[i] = j < place.columns ? params.col_factor[params.pairs.first_column + j] : 0.0f;
+        careful = careful || col_factor[i] == INFINITY;
       }
       // The whole warp takes one way: the exchange below needs all its lanes.
-      std::uint32_t pairs[2][4];
+      std::uint32_t couples[2][4];
+      const auto fill = [&](auto value) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) couples[h][i / 2] = pack(value(i, h), value(i + 1, h));
+        }
+      };
       if (__any_sync(0xffffffffu, careful)) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float value[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int at = 4 * (first + i % 4) + 2 * (i / 4) + c;
-            value[c] = two_exponentials(params, place, logit, dots(at), i / 4, 8 * (first + i % 4) + c);
-          }
-          pairs[i / 4][i % 4] = pack(value[0], value[1]);
-        }
+        fill([&](int i, int h) {
+          const int row = params.pairs.first_row + place.row + 8 * h;
+          const int col = params.pairs.first_column + place.column + column_at(first, i);
+          const float logit_log2 = dots(dot_at(first, i, h)) * logit.k;
+          return term(logit_log2, row_factor[h], params.row_lse, params.row_weight, row) +
+                 term(logit_log2, col_factor[i], params.col_lse, params.col_weight, col);
+        });
       } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float value[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float dot = dots(4 * (first + i % 4) + 2 * (i / 4) + c);
-            const float exponential = exp2_approx(fmaf(dot, logit.k, -logit.shift));
-            value[c] = exponential * (row_weight[i / 4] + col_weight[2 * (i % 4) + c]);
-          }
-          pairs[i / 4][i % 4] = pack(value[0], value[1]);
-        }
+        fill([&](int i, int h) {
+          const float exponential = exp2_approx(fmaf(dots(dot_at(first, i, h)), logit.k, -logit.shift));
+          return exponential * (row_factor[h] + col_factor[i]);
+        });
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        *reinterpret_cast<uint4*>(out + 8 * h * params.stride + 8 * first) = transpose(pairs[h], quarter);
+        *reinterpret_cast<uint4*>(out + 8 * h * params.stride + 8 * first) = transpose(couples[h], quarter);
       }
     }
   }
 
-  __device__ static float two_exponentials(const Params& params, const Place& place, const LogitScale& logit, float dot,
-                                           int h, int column) {
-    const auto probability = [&](float lse) {
-      return exp2_approx(fmaf(dot, logit.k, fmaf(-kLog2e, lse, kLog2Gain)));
-    };
-    const int i = place.row + 8 * h, j = place.first_column + place.column + column;
-    float sum = i < place.rows ? probability(params.row_lse[place.first_row + i]) : 0.0f;
-    if (j < params.paired) sum += probability(params.col_lse[j]);
-    return sum;
+  // weight exp(S - lse) 2^10. A factor of 0 stands for no such softmax, of which there is nothing to load.
+  __device__ static float term(float logit_log2, float factor, const float* lse, const float* weight, int i) {
+    if (factor == 0.0f) return 0.0f;
+    return weight[i] * exp2_approx(logit_log2 + fmaf(-kLog2e, lse[i], kLog2Gain));
   }
 
   __device__ static std::uint32_t pack(float first, float second) {
@@ -118,13 +118,13 @@ struct GradsTile {
   }
 
   // Four lanes have two columns of each of four groups of eight; afterwards lane q has all of group q, 16 bytes.
-  __device__ static uint4 transpose(const std::uint32_t (&pairs)[4], int quarter) {
+  __device__ static uint4 transpose(const std::uint32_t (&couples)[4], int quarter) {
     const bool odd = quarter & 1, high = quarter & 2;
     std::uint32_t kept[2][2];  // [group q mod 2, or that + 2][lane pair's first, second]
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
-      const std::uint32_t own = odd ? pairs[2 * g + 1] : pairs[2 * g];
-      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? pairs[2 * g] : pairs[2 * g + 1], 1);
+      const std::uint32_t own = odd ? couples[2 * g + 1] : couples[2 * g];
+      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? couples[2 * g] : couples[2 * g + 1], 1);
       kept[g][0] = odd ? got : own;
       kept[g][1] = odd ? own : got;
     }
@@ -140,40 +140,31 @@ struct GradsTile {
 
 }  // namespace
 
-int contrastive_weights(const float* scale, const float* row_lse, const float* col_lse, float* row_weight,
-                        float* col_weight, std::int64_t rows, std::int64_t columns, int device, void* cuda_stream) {
-  const CurrentDevice current(device);
+int softmax_factors(const ContrastiveG& a) {
+  const CurrentDevice current(a.device);
   if (current.status() != cudaSuccess) return current.status();
-  return launch(weights_kernel, ceil_div(columns, 256), 256, static_cast<cudaStream_t>(cuda_stream), scale, row_lse,
-                col_lse, row_weight, col_weight, static_cast<int>(rows), static_cast<int>(columns));
+  return launch(factors_kernel, ceil_div(larger(a.rows, a.columns), 256), 256, static_cast<cudaStream_t>(a.cuda_stream),
+                a.scale, a.row_lse, a.col_lse, a.row_weight, a.col_weight, a.row_factor, a.col_factor,
+                static_cast<int>(a.rows), static_cast<int>(a.columns), static_cast<int>(a.col_count));
 }
 
-int contrastive_probabilities(const void* x_hat, const void* y_hat, const float* scale, const float* row_lse,
-                              const float* col_lse, const float* row_weight, const float* col_weight,
-                              const std::int32_t* ids, void* probabilities, std::int64_t stride, std::int64_t first_row,
-                              std::int64_t rows, std::int64_t first_column, std::int64_t columns, std::int64_t paired,
-                              std::int64_t width, int device, void* cuda_stream) {
-  const CurrentDevice current(device);
+int contrastive_g(const ContrastiveG& a) {
+  const CurrentDevice current(a.device);
   if (current.status() != cudaSuccess) return current.status();
-  const void* x_block = static_cast<const __half*>(x_hat) + first_row * width;
-  const void* y_block = static_cast<const __half*>(y_hat) + first_column * width;
+  const void* x_block = static_cast<const __half*>(a.x_hat) + a.first_row * a.width;
+  const void* y_block = static_cast<const __half*>(a.y_hat) + a.first_column * a.width;
+  const Pairs pairs{static_cast<int>(a.first_row), static_cast<int>(a.first_column), a.row_ids, a.col_ids,
+                    a.exclude_diagonal};
   const auto run = [&](auto grads_tile) {
     using Tile = decltype(grads_tile);
-    const typename Tile::Params params{static_cast<int>(first_row),
-                                       static_cast<int>(first_column),
-                                       ids,
-                                       scale,
-                                       row_lse,
-                                       col_lse,
-                                       row_weight,
-                                       col_weight,
-                                       static_cast<int>(paired),
-                                       static_cast<__half*>(probabilities),
-                                       stride};
-    return launch_matmul<Tile>(x_block, y_block, static_cast<int>(rows), static_cast<int>(columns),
-                               static_cast<int>(width), params, static_cast<cudaStream_t>(cuda_stream));
+    const typename Tile::Params params{pairs,        a.scale,      a.row_lse,
+                                       a.col_lse,    a.row_weight, a.col_weight,
+                                       a.row_factor, a.col_factor, static_cast<__half*>(a.g),
+                                       a.g_stride};
+    return launch_matmul<Tile>(x_block, y_block, static_cast<int>(a.block_rows), static_cast<int>(a.block_columns),
+                               static_cast<int>(a.width), params, static_cast<cudaStream_t>(a.cuda_stream));
   };
-  return tile_columns(rows, columns) == 256 ? run(GradsTile<256>()) : run(GradsTile<128>());
+  return tile_columns(a.block_rows, a.block_columns) == 256 ? run(GradsTile<256>()) : run(GradsTile<128>());
 }
 
 }  // namespace modest_align::cuda

@@ -1,11 +1,9 @@
-// Logsumexp of the negatives of every row and every column from one matmul.
+// Logsumexp of every row and of the first columns from one matmul.
 //
 // A tile leaves log2 of each row's and each column's sum of exponentials in it; another kernel merges these partials in
 // a fixed order, so that the result is the same in every run. Rows go in waves, which bounds the partials' memory.
 
 #include <cuda_fp16.h>
-
-#include <algorithm>
 
 #include "cuda/matmul.cuh"
 #include "kernels.h"
@@ -44,12 +42,11 @@ struct StatsTile {
   static constexpr int kColumns = kColumns_;
 
   struct Params {
-    int first_row, first_column;
-    const std::int32_t* ids;
+    Pairs pairs;
     const float* scale;
     float* row_partial;  // [tiles of columns, rows], log2 of sums
-    float* col_partial;  // [rows / 64 rounded up, paired]
-    int paired;          // columns with a softmax of their own
+    float* col_partial;  // [rows / 64 rounded up, col_count]
+    int col_count;
   };
 
   // One value for each warp and column.
@@ -76,9 +73,9 @@ struct StatsTile {
       if (place.row < place.rows) out[0] = row_log2[0];
       if (place.row + 8 < place.rows) out[8] = row_log2[1];
     }
-    float* out = params.col_partial + std::int64_t{warp_row / kGroupRows} * params.paired + tile_column;
+    float* out = params.col_partial + std::int64_t{warp_row / kGroupRows} * params.col_count + tile_column;
     for (int column = thread % 128; column < kColumns; column += 128) {
-      if (tile_column + column >= params.paired) break;
+      if (tile_column + column >= params.col_count) break;
       float part[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) part[w] = shared.columns[group][w][column];
@@ -102,20 +99,19 @@ struct StatsTile {
     bool small = false;
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += 4) {  // 32 columns, eight of them this thread's
-      if (place.masked) place.exclude(dots, first, logit.k);
+      if (place.some_excluded) place.exclude(dots, first, logit.k);
       float sum[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int at = 4 * (first + i / 2) + i % 2;
-        const float upper = exp2_approx(fmaf(dots(at), logit.k, -logit.shift));
-        const float lower = exp2_approx(fmaf(dots(at + 2), logit.k, -logit.shift));
+        const float upper = exp2_approx(fmaf(dots(dot_at(first, i, 0)), logit.k, -logit.shift));
+        const float lower = exp2_approx(fmaf(dots(dot_at(first, i, 1)), logit.k, -logit.shift));
         row_sum[0] += upper;
         row_sum[1] += lower;
         sum[i] = upper + lower;
       }
       scatter_combine(sum, lane, Sum());
       const int kept = kept_value(lane);
-      columns[8 * (first + kept / 2) + 2 * (lane % 4) + kept % 2] = sum[0];
+      columns[2 * (lane % 4) + column_at(first, kept)] = sum[0];
       small = small || sum[0] < kSmallestSum;
     }
 #pragma unroll
@@ -156,18 +152,17 @@ struct StatsTile {
       float largest[8], sum[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int at = 4 * (first + i / 2) + i % 2;
-        largest[i] = fmaxf(dots(at), dots(at + 2));
+        const float upper = dots(dot_at(first, i, 0)), lower = dots(dot_at(first, i, 1));
+        largest[i] = fmaxf(upper, lower);
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
         largest[i] = fmaxf(largest[i] * logit.k, -1e30f);
-        const float upper = exp2_approx(fmaf(dots(at), logit.k, -largest[i]));
-        sum[i] = upper + exp2_approx(fmaf(dots(at + 2), logit.k, -largest[i]));
+        sum[i] = exp2_approx(fmaf(upper, logit.k, -largest[i])) + exp2_approx(fmaf(lower, logit.k, -largest[i]));
       }
       scatter_combine(sum, lane, Sum());
       scatter_combine(largest, lane, Larger());
       const int kept = kept_value(lane);
-      columns[8 * (first + kept / 2) + 2 * (lane % 4) + kept % 2] = log2f(sum[0]) + largest[0];
+      columns[2 * (lane % 4) + column_at(first, kept)] = log2f(sum[0]) + largest[0];
       __syncwarp();  // keeps the compiler from working on all columns at once, for which there are no registers
     }
   }
@@ -175,9 +170,10 @@ struct StatsTile {
 
 constexpr int kMergeThreads = 32, kMergeSlices = 8;
 
-// Merges partial sums into lse, in the order of the tiles. A slice of the block takes every eighth tile.
+// Merges partial sums into lse, which holds nothing yet if it is `fresh`, in the order of the tiles. A slice of the
+// block takes every eighth tile.
 __global__ void __launch_bounds__(kMergeThreads* kMergeSlices)
-    merge_kernel(const float* __restrict__ partial, float* __restrict__ lse, int tiles, int length) {
+    merge_kernel(const float* __restrict__ partial, float* __restrict__ lse, bool fresh, int tiles, int length) {
   __shared__ float maxima[kMergeSlices][kMergeThreads], totals[kMergeSlices][kMergeThreads];
   const int place = blockIdx.x * kMergeThreads + threadIdx.x;
   float largest = -1e30f, total = 0.0f;
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(kMergeThreads* kMergeSlices)
   totals[threadIdx.y][threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y != 0 || place >= length) return;
-  const float before = lse[place] * kLog2e;
+  const float before = fresh ? -INFINITY : lse[place] * kLog2e;
   largest = fmaxf(before, -1e30f);
   total = exp2_approx(before - largest);
   for (int slice = 0; slice < kMergeSlices; ++slice) {
@@ -206,90 +202,57 @@ __global__ void __launch_bounds__(kMergeThreads* kMergeSlices)
   lse[place] = (largest + log2f(total)) * 0.6931471805599453f;
 }
 
-// The positives' logits in float32, a warp for each; and nothing merged yet into the logsumexps.
-__global__ void positive_kernel(const uint4* __restrict__ x_hat, const uint4* __restrict__ y_hat,
-                                const float* __restrict__ scale, float* __restrict__ positive,
-                                float* __restrict__ row_lse, float* __restrict__ col_lse, int rows, int width) {
-  const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= rows) return;
-  const int vectors = width / 8;
-  float dot = 0.0f;
-  for (int v = lane; v < vectors; v += 32) {
-    const uint4 x = x_hat[std::int64_t{row} * vectors + v], y = y_hat[std::int64_t{row} * vectors + v];
-    const __half2* x_half = reinterpret_cast<const __half2*>(&x);
-    const __half2* y_half = reinterpret_cast<const __half2*>(&y);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 a = __half22float2(x_half[i]), b = __half22float2(y_half[i]);
-      dot = fmaf(a.x, b.x, fmaf(a.y, b.y, dot));
-    }
-  }
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) dot += shuffle_xor(dot, mask);
-  if (lane == 0) {
-    positive[row] = dot * *scale;
-    row_lse[row] = col_lse[row] = -INFINITY;
-  }
-}
-
 // Bytes of the partials of a wave of `rows` rows.
-std::int64_t partial_bytes(std::int64_t rows, std::int64_t columns, std::int64_t paired, int tile) {
-  return 4 * (ceil_div(columns, tile) * rows + ceil_div(rows, kGroupRows) * paired);
+std::int64_t partial_bytes(std::int64_t rows, std::int64_t columns, std::int64_t col_count, int tile) {
+  return 4 * (ceil_div(columns, tile) * rows + ceil_div(rows, kGroupRows) * col_count);
 }
 
 // Rows of all waves but the last, the same for all up to whole tiles, so that their partials fit the workspace.
-int wave_rows(std::int64_t rows, std::int64_t columns, std::int64_t paired, std::int64_t workspace_bytes) {
+std::int64_t wave_rows(const ContrastiveStats& a) {
   constexpr std::int64_t kMultiple = 2 * kTileRows;
-  const std::int64_t bytes = partial_bytes(kMultiple, columns, paired, tile_columns(rows, columns));
-  const std::int64_t largest = std::max<std::int64_t>(workspace_bytes / bytes, 1) * kMultiple;
-  const std::int64_t waves = ceil_div(rows, largest);
-  return static_cast<int>(std::min(rows, ceil_div(ceil_div(rows, waves), kMultiple) * kMultiple));
+  const std::int64_t bytes = partial_bytes(kMultiple, a.columns, a.col_count, tile_columns(a.rows, a.columns));
+  return smaller(a.rows, even_part(a.rows, a.workspace_bytes / bytes * kMultiple, kMultiple));
 }
 
-cudaError_t merge(const float* partial, float* lse, std::int64_t tiles, std::int64_t length, cudaStream_t stream) {
+cudaError_t merge(const float* partial, float* lse, bool fresh, std::int64_t tiles, std::int64_t length,
+                  cudaStream_t stream) {
   const dim3 block(kMergeThreads, kMergeSlices);
-  return launch(merge_kernel, ceil_div(length, kMergeThreads), block, stream, partial, lse, static_cast<int>(tiles),
-                static_cast<int>(length));
+  return launch(merge_kernel, ceil_div(length, kMergeThreads), block, stream, partial, lse, fresh,
+                static_cast<int>(tiles), static_cast<int>(length));
 }
 
 }  // namespace
 
-std::int64_t contrastive_stats_workspace(std::int64_t rows, std::int64_t columns, bool symmetric,
-                                         std::int64_t workspace_bytes) {
-  const std::int64_t paired = symmetric ? rows : 0;
-  return partial_bytes(wave_rows(rows, columns, paired, workspace_bytes), columns, paired, tile_columns(rows, columns));
+std::int64_t contrastive_stats_workspace(const ContrastiveStats& a) {
+  return partial_bytes(wave_rows(a), a.columns, a.col_count, tile_columns(a.rows, a.columns));
 }
 
-int contrastive_stats(const void* x_hat, const void* y_hat, const float* scale, const std::int32_t* ids, bool symmetric,
-                      float* positive, float* row_lse, float* col_lse, std::int64_t rows, std::int64_t columns,
-                      std::int64_t width, void* workspace, std::int64_t workspace_bytes, int device,
-                      void* cuda_stream) {
-  const CurrentDevice current(device);
+int contrastive_stats(const ContrastiveStats& a) {
+  const CurrentDevice current(a.device);
   if (current.status() != cudaSuccess) return current.status();
-  if (!is_aligned(x_hat) || !is_aligned(y_hat)) return cudaErrorMisalignedAddress;
-  const auto stream = static_cast<cudaStream_t>(cuda_stream);
-  const int paired = symmetric ? static_cast<int>(rows) : 0, tile = tile_columns(rows, columns);
-  const int wave = wave_rows(rows, columns, paired, workspace_bytes);
-
-  cudaError_t status =
-      launch(positive_kernel, ceil_div(rows, 8), 256, stream, static_cast<const uint4*>(x_hat),
-             static_cast<const uint4*>(y_hat), scale, positive, row_lse, col_lse, static_cast<int>(rows),
-             static_cast<int>(width));
-  for (std::int64_t first = 0; first < rows && status == cudaSuccess; first += wave) {
-    const int here = static_cast<int>(std::min<std::int64_t>(wave, rows - first));
-    float* row_partial = static_cast<float*>(workspace);
+  if (!is_aligned(a.x_hat) || !is_aligned(a.y_hat)) return cudaErrorMisalignedAddress;
+  const auto stream = static_cast<cudaStream_t>(a.cuda_stream);
+  const int columns = static_cast<int>(a.columns), width = static_cast<int>(a.width);
+  const int tile = tile_columns(a.rows, a.columns);
+  const std::int64_t wave = wave_rows(a);
+  cudaError_t status = cudaSuccess;
+  for (std::int64_t first = 0; first < a.rows && status == cudaSuccess; first += wave) {
+    const int here = static_cast<int>(smaller(wave, a.rows - first));
+    float* row_partial = static_cast<float*>(a.workspace);
     float* col_partial = row_partial + ceil_div(columns, tile) * here;
-    const void* x_wave = static_cast<const __half*>(x_hat) + first * width;
+    const void* x_wave = static_cast<const __half*>(a.x_hat) + first * a.width;
+    const Pairs pairs{static_cast<int>(first), 0, a.row_ids, a.col_ids, a.exclude_diagonal};
     const auto run = [&](auto stats_tile) {
       using Tile = decltype(stats_tile);
-      const typename Tile::Params params{static_cast<int>(first), 0, ids, scale, row_partial, col_partial, paired};
-      return launch_matmul<Tile>(x_wave, y_hat, here, static_cast<int>(columns), static_cast<int>(width), params,
-                                 stream);
+      const typename Tile::Params params{pairs, a.scale, row_partial, col_partial, static_cast<int>(a.col_count)};
+      return launch_matmul<Tile>(x_wave, a.y_hat, here, columns, width, params, stream);
     };
     status = tile == 256 ? run(StatsTile<256>()) : run(StatsTile<128>());
-    if (status == cudaSuccess) status = merge(row_partial, row_lse + first, ceil_div(columns, tile), here, stream);
-    if (status == cudaSuccess && symmetric) {
-      status = merge(col_partial, col_lse, ceil_div(here, kGroupRows), rows, stream);
+    if (status == cudaSuccess) {
+      status = merge(row_partial, a.row_lse + first, true, ceil_div(columns, tile), here, stream);
+    }
+    if (status == cudaSuccess && a.col_count > 0) {
+      status = merge(col_partial, a.col_lse, first == 0, ceil_div(here, kGroupRows), a.col_count, stream);
     }
   }
   return status;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "extents.h"
+
 namespace modest_align::cuda {
 
 // Makes a device the current one, and the one before it again at the end.
@@ -41,8 +43,6 @@ cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, dim3 thre
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 

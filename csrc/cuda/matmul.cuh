@@ -1,7 +1,7 @@
 // Tiles of dot products on the tensor cores of sm_90a, each handed to an epilogue of ours in registers.
 //
 // CUTLASS moves the operands (TMA, multicast in a cluster of two) and multiplies them (WGMMA, two consumer warp groups
-// on one tile). What a `Tile` is: kColumns, Params with first_row, first_column and ids, Shared, and
+// on one tile). What a `Tile` is: kColumns, Params with `pairs`, Shared, and
 //
 //     static void run(params, shared, place, dots, thread)
 //
@@ -98,8 +98,7 @@ struct Epilogue {
     const int tile_column = get<1>(coord) * kColumns;
     // A whole warp group leaves or stays, for it meets at barriers.
     if (group_row >= get<0>(shape) || tile_column >= get<1>(shape)) return;
-    const Place place(group_row + 16 * warp, tile_column, kColumns, lane, get<0>(shape), get<1>(shape),
-                      params.first_row, params.first_column, params.ids);
+    const Place place(group_row + 16 * warp, tile_column, kColumns, lane, get<0>(shape), get<1>(shape), params.pairs);
     Tile::run(params, *reinterpret_cast<SharedStorage*>(shared), place, dots, thread);
   }
 };
@@ -159,13 +158,12 @@ cudaError_t launch_matmul(const void* x_hat, const void* y_hat, int rows, int co
   arguments.epilogue = epilogue;
   arguments.hw_info.device_id = device;
   arguments.hw_info.sm_count = processors;
-  arguments.scheduler.max_swizzle_size =
-      swizzle(ceil_div(rows, kTileRows), ceil_div(columns, Tile::kColumns));
+  arguments.scheduler.max_swizzle_size = swizzle(ceil_div(rows, kTileRows), ceil_div(columns, Tile::kColumns));
   if (!Kernel::can_implement(arguments)) return cudaErrorInvalidValue;
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
 
-  status = cudaFuncSetAttribute(matmul_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                Kernel::SharedStorageSize);
+  status =
+      cudaFuncSetAttribute(matmul_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

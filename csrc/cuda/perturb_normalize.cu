@@ -1,10 +1,13 @@
 // Noise, normalisation and cast in one read and one write, and their backward in one more.
 //
 // A row is held in registers by one warp, or by a block where it is long, eight features at a time: 16 bytes of 16-bit
-// features. The noise's integers are those of reference.random_bits.
+// features. The noise's integers are those of noise.random_bits.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <initializer_list>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "kernels.h"
@@ -97,7 +100,7 @@ __device__ float row_sum(float value) {
   return value;
 }
 
-// Two standard normals of two words: reference.gaussian_noise.
+// Two standard normals of two words: noise.gaussian_noise.
 __device__ void box_muller(std::uint32_t word0, std::uint32_t word1, float& first, float& second) {
   const float u = static_cast<float>((word0 >> 8) + 1) * 0x1p-24f;
   const float radius = sqrtf(-2.0f * logf(u));
@@ -130,9 +133,10 @@ __device__ void add_noise(std::int64_t seed, int noise_stream, std::int64_t row,
 template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(256)
     perturb_normalize_kernel(const T* __restrict__ x, std::int64_t row_stride, std::int64_t feature_stride,
-                             bool aligned, const std::int64_t* __restrict__ seed, int noise_stream, float noise_std,
-                             bool relative_noise, __half* __restrict__ x_hat, float* __restrict__ inv_norm,
-                             std::int64_t rows, int features, int width) {
+                             bool aligned, const std::int64_t* __restrict__ seed, const float* __restrict__ noise_std,
+                             int noise_stream, bool relative_noise, const __half* __restrict__ pair_hat,
+                             __half* __restrict__ x_hat, float* __restrict__ inv_norm, float* __restrict__ pair_dot,
+                             std::int64_t rows, std::int64_t pairs, int features, int width) {
   const std::int64_t row = std::int64_t{blockIdx.x} * (256 / kThreads) + threadIdx.x / kThreads;
   const int thread = threadIdx.x % kThreads;
   if (row >= rows) return;  // a whole warp, or the whole block
@@ -161,7 +165,7 @@ __global__ void __launch_bounds__(256)
     }
   }
   if (seed != nullptr) {
-    float std = noise_std;
+    float std = *noise_std;
     if (relative_noise) {
 #pragma unroll
       for (int c = 0; c < kVectors; ++c) {
@@ -188,6 +192,8 @@ __global__ void __launch_bounds__(256)
   // A NaN must come through, which a maximum would drop.
   const float inverse = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
   if (thread == 0) inv_norm[row] = inverse;
+  const bool has_pair = row < pairs;
+  float dot = 0.0f;
 #pragma unroll
   for (int c = 0; c < kVectors; ++c) {
     const int feature = kVector * (c * kThreads + thread);
@@ -195,7 +201,16 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[c][i] *= inverse;
     store_vector(x_hat + row * width + feature, values[c]);
+    if (has_pair) {
+      float pair[kVector];
+      load_vector(pair_hat + row * width + feature, pair);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) dot = fmaf(__half2float(__float2half_rn(values[c][i])), pair[i], dot);
+    }
   }
+  if (!has_pair) return;  // a whole warp, or the whole block
+  dot = row_sum<kThreads>(dot);
+  if (thread == 0) pair_dot[row] = dot;
 }
 
 template <typename T, int kThreads, int kVectors>
@@ -263,72 +278,61 @@ __global__ void __launch_bounds__(256)
 constexpr int kWarpWidth = 32 * 4 * kVector, kBlockWidth = 256 * 8 * kVector;
 
 template <typename T>
-cudaError_t forward(const void* x, std::int64_t row_stride, std::int64_t feature_stride, const std::int64_t* seed,
-                   int noise_stream, float noise_std, bool relative_noise, void* x_hat, float* inv_norm,
-                   std::int64_t rows, int features, int width, cudaStream_t stream) {
+cudaError_t forward(const PerturbNormalize& a) {
   const bool aligned =
-      feature_stride == 1 && features % kVector == 0 && row_stride * sizeof(T) % 16 == 0 && is_aligned(x);
+      a.feature_stride == 1 && a.features % kVector == 0 && a.row_stride * sizeof(T) % 16 == 0 && is_aligned(a.x);
   const auto run = [&](auto kernel, int rows_of_block) {
-    return launch(kernel, ceil_div(rows, rows_of_block), 256, stream, static_cast<const T*>(x), row_stride,
-                  feature_stride, aligned, seed, noise_stream, noise_std, relative_noise, static_cast<__half*>(x_hat),
-                  inv_norm, rows, features, width);
+    return launch(kernel, ceil_div(a.rows, rows_of_block), 256, static_cast<cudaStream_t>(a.cuda_stream),
+                  static_cast<const T*>(a.x), a.row_stride, a.feature_stride, aligned, a.seed, a.noise_std,
+                  a.noise_stream, a.relative_noise, static_cast<const __half*>(a.pair_hat),
+                  static_cast<__half*>(a.x_hat), a.inv_norm, a.pair_dot, a.rows, a.pairs, static_cast<int>(a.features),
+                  static_cast<int>(a.width));
   };
-  return width <= kWarpWidth ? run(perturb_normalize_kernel<T, 32, 4>, 8) : run(perturb_normalize_kernel<T, 256, 8>, 1);
+  return a.width <= kWarpWidth ? run(perturb_normalize_kernel<T, 32, 4>, 8)
+                               : run(perturb_normalize_kernel<T, 256, 8>, 1);
 }
 
 template <typename T>
-cudaError_t backward(const float* grad, const void* x_hat, const float* inv_norm, const void* pair_hat,
-                            const float* pair_weight, const float* offset, const float* factor, void* dx,
-                            float* row_dot, std::int64_t rows, std::int64_t pairs, int features, int width,
-                            cudaStream_t stream) {
-  const bool aligned = features % kVector == 0 && is_aligned(dx);
+cudaError_t backward(const PerturbNormalizeBackward& a) {
+  const bool aligned = a.features % kVector == 0 && is_aligned(a.dx);
   const auto run = [&](auto kernel, int rows_of_block) {
-    return launch(kernel, ceil_div(rows, rows_of_block), 256, stream, grad, static_cast<const __half*>(x_hat), inv_norm,
-                  static_cast<const __half*>(pair_hat), pair_weight, offset, factor, static_cast<T*>(dx), aligned,
-                  row_dot, rows, pairs, features, width);
+    return launch(kernel, ceil_div(a.rows, rows_of_block), 256, static_cast<cudaStream_t>(a.cuda_stream), a.grad,
+                  static_cast<const __half*>(a.x_hat), a.inv_norm, static_cast<const __half*>(a.pair_hat),
+                  a.pair_weight, a.offset, a.factor, static_cast<T*>(a.dx), aligned, a.row_dot, a.rows, a.pairs,
+                  static_cast<int>(a.features), static_cast<int>(a.width));
   };
-  return width <= kWarpWidth ? run(perturb_normalize_backward_kernel<T, 32, 4>, 8)
-                             : run(perturb_normalize_backward_kernel<T, 256, 8>, 1);
+  return a.width <= kWarpWidth ? run(perturb_normalize_backward_kernel<T, 32, 4>, 8)
+                               : run(perturb_normalize_backward_kernel<T, 256, 8>, 1);
+}
+
+// What both functions refuse, or the first failure of `run`, which is called with a null pointer of the features' type.
+template <class Arguments, class Run>
+int checked(const Arguments& a, Dtype dtype, std::initializer_list<const void*> aligned, Run&& run) {
+  const CurrentDevice current(a.device);
+  if (current.status() != cudaSuccess) return current.status();
+  if (a.operand_dtype != Dtype::float16 || a.width > kBlockWidth || a.width % kVector != 0) {
+    return cudaErrorInvalidValue;
+  }
+  for (const void* matrix : aligned) {
+    if (!is_aligned(matrix)) return cudaErrorMisalignedAddress;
+  }
+  return dtype == Dtype::float32   ? run(static_cast<float*>(nullptr))
+         : dtype == Dtype::float16 ? run(static_cast<__half*>(nullptr))
+                                   : run(static_cast<__nv_bfloat16*>(nullptr));
 }
 
 }  // namespace
 
 const char* error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-int perturb_normalize(const void* x, Dtype x_dtype, std::int64_t row_stride, std::int64_t feature_stride,
-                      const std::int64_t* seed, int noise_stream, float noise_std, bool relative_noise, void* x_hat,
-                      float* inv_norm, std::int64_t rows, std::int64_t features, std::int64_t width, int device,
-                      void* cuda_stream) {
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return current.status();
-  if (width > kBlockWidth || width % kVector != 0) return cudaErrorInvalidValue;
-  if (!is_aligned(x_hat)) return cudaErrorMisalignedAddress;
-  const auto run = [&](auto function) {
-    return function(x, row_stride, feature_stride, seed, noise_stream, noise_std, relative_noise, x_hat, inv_norm, rows,
-                    static_cast<int>(features), static_cast<int>(width), static_cast<cudaStream_t>(cuda_stream));
-  };
-  return x_dtype == Dtype::float32   ? run(forward<float>)
-         : x_dtype == Dtype::float16 ? run(forward<__half>)
-                                     : run(forward<__nv_bfloat16>);
+int perturb_normalize(const PerturbNormalize& a) {
+  return checked(a, a.x_dtype, {a.x_hat, a.pair_hat},
+                 [&](auto* feature) { return forward<std::remove_pointer_t<decltype(feature)>>(a); });
 }
 
-int perturb_normalize_backward(const float* grad, const void* x_hat, const float* inv_norm, const void* pair_hat,
-                               const float* pair_weight, const float* offset, const float* factor, void* dx,
-                               Dtype dx_dtype, float* row_dot, std::int64_t rows, std::int64_t pairs,
-                               std::int64_t features, std::int64_t width, int device, void* cuda_stream) {
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return current.status();
-  if (width > kBlockWidth || width % kVector != 0) return cudaErrorInvalidValue;
-  for (const void* matrix : {static_cast<const void*>(grad), x_hat, pair_hat, static_cast<const void*>(offset)}) {
-    if (!is_aligned(matrix)) return cudaErrorMisalignedAddress;
-  }
-  const auto run = [&](auto function) {
-    return function(grad, x_hat, inv_norm, pair_hat, pair_weight, offset, factor, dx, row_dot, rows, pairs,
-                    static_cast<int>(features), static_cast<int>(width), static_cast<cudaStream_t>(cuda_stream));
-  };
-  return dx_dtype == Dtype::float32   ? run(backward<float>)
-         : dx_dtype == Dtype::float16 ? run(backward<__half>)
-                                      : run(backward<__nv_bfloat16>);
+int perturb_normalize_backward(const PerturbNormalizeBackward& a) {
+  return checked(a, a.dx_dtype, {a.grad, a.x_hat, a.pair_hat, a.offset},
+                 [&](auto* feature) { return backward<std::remove_pointer_t<decltype(feature)>>(a); });
 }
 
 }  // namespace modest_align::cuda

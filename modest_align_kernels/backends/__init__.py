@@ -1,34 +1,66 @@
-"""One module a backend, each with the same four functions: see :mod:`modest_align_kernels.backends.eager`."""
+"""What a backend is, and what several of them share: the numbers of the arithmetic, blocks, and their products.
+
+What the operators compute is the docstrings of :mod:`modest_align_kernels.backends.eager`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# What a backend may hold at once beyond its results: partial sums, or a block of probabilities.
+from modest_align_kernels.backends.contract import Logits
+
+LOG2E = math.log2(math.e)
+MIN_NORM = 1e-12
+# exp2 arguments stay within [-126, 100] of float32: headroom for the sums above, no subnormal numbers below.
+HEADROOM = 100.0
+# A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.
+SMALLEST_LOG2_SUM = -80.0
+# What a backend may hold at once beyond its results: partial sums, or a block of G.
 WORKSPACE_BYTES = 256 * 2**20
-# float16 holds P * 2^10 without overflow (P <= 2) and keeps P as small as 1/B normal up to B = 16 million.
+# float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
-# Compiled operands have rows of whole blocks of features, the last ones zero: every load is aligned, none is masked.
-_FEATURES_MULTIPLE = {"triton": 64, "native": 64}
+# Normalisation on a GPU holds whole rows in registers.
+GPU_FEATURES = 16384
 
 
-def operand_features(features: int, backend: str) -> int:
-    """The width of a backend's x_hat and y_hat for D features; what is past D is zero."""
-    return round_up(features, _FEATURES_MULTIPLE.get(backend, 1))
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators, as ``backends/registry.py`` lists it.
 
-
-def pair_ids(x_hat: Tensor, y_hat: Tensor, group_ids: Tensor | None) -> Tensor:
-    """Int32 [N]: row i and column j are no negatives of each other where ids[i] == ids[j].
-
-    Without groups the ids are the rows' numbers, which leaves out the diagonal; columns past B have ids of their own.
+    Attributes:
+        name: what ``backend=`` takes.
+        auto: the device types on which ``backend="auto"`` takes it; None: on every one.
+        operand_dtype: of 16-bit features on a device, the dtype of the matmuls' operands.
+        width_multiple: rows of x_hat and y_hat have this many features or a multiple, the last ones zero: every load
+            is aligned, none is masked.
+        why_not: why it cannot run on a device, for features of a dtype and a number (None asks about the device alone),
+            in one sentence; None if it can.
+        module: for a device type, the module that has the four functions; imported when first used.
     """
-    ids = torch.arange(y_hat.shape[0], dtype=torch.int32, device=x_hat.device)
-    if group_ids is not None:
-        ids[: group_ids.shape[0]] = group_ids
-    return ids
+
+    name: str
+    auto: tuple[str, ...] | None
+    operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype]
+    width_multiple: int
+    why_not: Callable[[torch.device, torch.dtype | None, int | None], str | None]
+    module: Callable[[str], str]
+
+
+def computed_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that features count as: autocast's, unless they are float64."""
+    if torch.is_autocast_enabled(device.type) and features != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return features
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over operands of ``dtype``: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -36,26 +68,27 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def even_blocks(total: int, largest: int, multiple: int) -> list[tuple[int, int]]:
-    """[0, total) in the fewest intervals of at most ``largest``, of equal length up to ``multiple``: no tiny tail."""
-    count = -(-total // max(largest, multiple))
-    size = round_up(-(-total // count), multiple)
-    return [(start, min(start + size, total)) for start in range(0, total, size)]
+def even_block(total: int, largest: int, multiple: int = 1) -> int:
+    """The length of the fewest equal parts of ``total`` that have at most ``largest``, in whole multiples."""
+    largest = max(largest // multiple, 1) * multiple
+    parts = max(-(-total // largest), 1)
+    return round_up(max(-(-total // parts), 1), multiple)
 
 
-def gradient_blocks(
-    rows: int, columns: int, elements: int, row_multiple: int, column_multiple: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Blocks of G of ``elements`` each; near square ones, which touch the float32 sums of both sides least often."""
-    largest_columns = columns if rows * columns <= elements else max(math.isqrt(elements), elements // rows)
-    column_blocks = even_blocks(columns, largest_columns, column_multiple)
-    width = max(b - a for a, b in column_blocks)
-    return even_blocks(rows, elements // width, row_multiple), column_blocks
+def blocks(total: int, size: int) -> Iterator[slice]:
+    """[0, total) in intervals of ``size``, the last one shorter."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over operands of ``dtype``: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def gradient_block(rows: int, columns: int, elements: int, row_multiple: int, column_multiple: int) -> tuple[int, int]:
+    """Rows and columns of a block of G, in whole multiples, of at most ``elements`` unless a single one is larger.
+
+    Near square ones touch the float32 sums of both sides least often.
+    """
+    widest = max(math.isqrt(elements), elements // round_up(rows, row_multiple))
+    width = even_block(columns, widest, column_multiple)
+    return even_block(rows, elements // width, row_multiple), width
 
 
 def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: float = 1.0) -> None:
@@ -71,3 +104,33 @@ def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: flo
         if first:
             out.zero_()
         out.add_(product, alpha=alpha)
+
+
+def accumulate_products(
+    a: Logits,
+    grad_x: Tensor,
+    grad_y: Tensor,
+    block: tuple[int, int],
+    write_g: Callable[[slice, slice, Tensor, float], None],
+) -> None:
+    """grad_x = G Y_hat and grad_y = G^T X_hat from blocks of G, each written once and multiplied twice.
+
+    Args:
+        a: the logits.
+        grad_x: [B, width] in the accumulation dtype, or empty: not wanted.
+        grad_y: [N, width], likewise.
+        block: rows and columns of a block.
+        write_g: called with a block's rows, its columns, a matrix of ``block``'s shape in the operands' dtype to whose
+            first rows and columns it writes G, and the gain to multiply G by.
+    """
+    x_hat, y_hat = a.x_hat, a.y_hat
+    gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
+    g = torch.empty(block, dtype=x_hat.dtype, device=x_hat.device)
+    for i in blocks(x_hat.shape[0], block[0]):
+        for j in blocks(y_hat.shape[0], block[1]):
+            write_g(i, j, g, gain)
+            g_block = g[: i.stop - i.start, : j.stop - j.start]
+            if grad_x.numel():
+                accumulate_matmul(grad_x[i], g_block, y_hat[j], first=j.start == 0, alpha=1 / gain)
+            if grad_y.numel():
+                accumulate_matmul(grad_y[j], g_block.T, x_hat[i], first=i.start == 0, alpha=1 / gain)

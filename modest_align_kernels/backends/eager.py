@@ -1,90 +1,59 @@
 """Blocks of PyTorch operations, on any device: the B x N matrix exists only one block at a time.
 
-The four functions here are the protocol of every backend. Logits are kept in units of log2, so that a block costs one
-``exp2``. The diagonal, whose logits are the positives, and pairs of one group are left out of both operations: they
-are added in float32 by :mod:`modest_align_kernels.autograd`, so no positive passes through 16 bits.
+The four functions here are the contract of every backend: what they compute is said here, and in
+:mod:`modest_align_kernels.backends.contract` from what. Logits are kept in units of log2, so that a block costs one
+``exp2``. The loss excludes each row's positive from the operations on the logits and adds it in float32
+(:mod:`modest_align_kernels.autograd`), so that no positive passes through 16 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from modest_align_kernels.backends import FP16_GAIN, accumulate_matmul, accumulation_dtype
-from modest_align_kernels.reference import gaussian_noise
-
-LOG2E = math.log2(math.e)
-MIN_NORM = 1e-12
+from modest_align_kernels.backends import (
+    HEADROOM,
+    LOG2E,
+    MIN_NORM,
+    SMALLEST_LOG2_SUM,
+    Backend,
+    accumulate_matmul,
+    accumulate_products,
+    accumulation_dtype,
+    blocks,
+    even_block,
+)
+from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
+from modest_align_kernels.noise import gaussian_noise
 
 # One block of float32 logits is 16 MiB: large enough for the matmul, small enough to be still in a CPU's last cache.
 BLOCK_ROWS = 512
 BLOCK_COLUMNS = 8192
 NORMALIZE_ROWS = 1024
 
-# exp2 arguments stay within [-126, 100] of float32: headroom for the sums above, no subnormal numbers below.
-HEADROOM = 100.0
-# A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.
-SMALLEST_LOG2_SUM = -80.0
 
-
-def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Intervals of nearly equal length, at most ``size``, that cover [0, total)."""
-    count = -(-total // size)
-    for b in range(count):
-        yield total * b // count, total * (b + 1) // count
-
-
-def perturb_normalize(
-    x: Tensor,
-    seed: Tensor | None,
-    stream: int,
-    noise_std: float,
-    relative_noise: bool,
-    operand_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """x_hat = (x + noise) / max(norm, 1e-12) and inv_norm = 1 / max(norm, 1e-12).
-
-    Args:
-        x: [rows, D], any strides.
-        seed: int64, one element; None draws no noise.
-        stream: 0 for images, 1 for texts.
-        noise_std: standard deviation of the noise.
-        relative_noise: times each row's root mean square.
-        operand_dtype: dtype of x_hat.
-
-    Returns:
-        x_hat [rows, D] in ``operand_dtype``; inv_norm [rows] in the accumulation dtype.
-    """
-    rows, features = x.shape
-    dtype = accumulation_dtype(operand_dtype)
-    x_hat = torch.empty((rows, features), dtype=operand_dtype, device=x.device)
-    inv_norm = torch.empty(rows, dtype=dtype, device=x.device)
-    for i0, i1 in _blocks(rows, NORMALIZE_ROWS):
-        block = x[i0:i1].to(dtype)
-        if seed is not None:
-            noise = gaussian_noise(seed, stream, i0, i1 - i0, features, dtype)
+def perturb_normalize(a: PerturbNormalize) -> None:
+    """x_hat = (x + noise) / max(norm, 1e-12), inv_norm = 1 / max(norm, 1e-12), pair_dot_i = <x_hat_i, pair_hat_i>."""
+    x, seed, noise_std, noise_stream, relative_noise, pair_hat, x_hat, inv_norm, pair_dot = a
+    features, dtype = x.shape[1], inv_norm.dtype
+    for i in blocks(x.shape[0], NORMALIZE_ROWS):
+        block = x[i].to(dtype)
+        if seed is not None and noise_std is not None:
+            noise = gaussian_noise(seed, noise_stream, i.start, i.stop - i.start, features, dtype)
             std = noise_std * block.square().mean(1, keepdim=True).sqrt() if relative_noise else noise_std
             block = noise.mul_(std).add_(block)
         norm = torch.linalg.vector_norm(block, dim=1)
-        inv_norm[i0:i1] = norm.clamp_min_(MIN_NORM).reciprocal_()
-        torch.mul(block, inv_norm[i0:i1, None], out=x_hat[i0:i1])
-    return x_hat, inv_norm
+        inv_norm[i] = norm.clamp_min_(MIN_NORM).reciprocal_()
+        torch.mul(block, inv_norm[i, None], out=x_hat[i])
+        if pair_hat is not None:
+            pair_block = pair_hat[i].to(dtype)
+            paired = slice(i.start, i.start + len(pair_block))
+            torch.sum(x_hat[paired].to(dtype) * pair_block, dim=1, out=pair_dot[i])
 
 
-def perturb_normalize_backward(
-    grad: Tensor,
-    x_hat: Tensor,
-    inv_norm: Tensor,
-    pair_hat: Tensor,
-    pair_weight: Tensor,
-    offset: Tensor,
-    factor: Tensor,
-    features: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def perturb_normalize_backward(a: PerturbNormalizeBackward) -> None:
     """The float32 terms of the gradient and the normalisation's backward, in one pass.
 
     With P = pair_hat's rows,
@@ -93,64 +62,105 @@ def perturb_normalize_backward(
         g_i  = factor * (grad_i + offset[1])                                for the others,
         dx_i = inv_norm_i * (g_i - x_hat_i <x_hat_i, g_i>)
 
-    A row whose norm was below 1e-12 was divided by a constant: no projection there.
-
-    Args:
-        grad: [rows, D] in the accumulation dtype.
-        x_hat: [rows, D].
-        inv_norm: [rows].
-        pair_hat: [P, D], P <= rows: the rows' positives.
-        pair_weight: [P].
-        offset: [2, D].
-        factor: 0-dim.
-        features: of dx; a backend's x_hat may be wider than that, with zeros (this one's is not).
-        dtype: of dx.
-
-    Returns:
-        dx [rows, features] in ``dtype``; the row dots <x_hat_i, g_i>, [rows].
+    and row_dot_i = <x_hat_i, g_i>. A row whose norm was below 1e-12 was divided by a constant: no projection there.
     """
-    rows, pairs = x_hat.shape[0], pair_hat.shape[0]
-    dx = torch.empty((rows, features), dtype=dtype, device=x_hat.device)
-    dot = torch.empty_like(inv_norm)
+    grad, x_hat, inv_norm, pair_hat, pair_weight, offset, factor, dx, row_dot = a
+    rows, pairs, features = x_hat.shape[0], pair_hat.shape[0], dx.shape[1]
     for first, last, row_offset in ((0, pairs, offset[0]), (pairs, rows, offset[1])):
-        for b0, b1 in _blocks(last - first, NORMALIZE_ROWS):
-            i = slice(first + b0, first + b1)
+        for block in blocks(last - first, NORMALIZE_ROWS):
+            i = slice(first + block.start, first + block.stop)
             g = grad[i] + row_offset
             if first == 0:
                 g.addcmul_(pair_weight[i, None], pair_hat[i].to(g.dtype))
             g.mul_(factor)
             x_block = x_hat[i].to(g.dtype)
-            torch.sum(x_block * g, dim=1, out=dot[i])
-            projection = torch.where(inv_norm[i] < 1 / MIN_NORM, dot[i], 0.0)
+            torch.sum(x_block * g, dim=1, out=row_dot[i])
+            projection = torch.where(inv_norm[i] < 1 / MIN_NORM, row_dot[i], 0.0)
             g.addcmul_(x_block, projection[:, None], value=-1)
-            dx[i] = g.mul_(inv_norm[i, None])
-    return dx, dot
+            dx[i] = g.mul_(inv_norm[i, None])[:, :features]
 
 
-def _logit_blocks(x_hat: Tensor, y_hat: Tensor, scale_log2: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of S * log2(e) in the accumulation dtype: rows, columns, and a buffer that the caller may overwrite."""
-    rows, columns = x_hat.shape[0], y_hat.shape[0]
-    dtype = accumulation_dtype(x_hat.dtype)
-    buffer = torch.empty(min(rows, BLOCK_ROWS) * min(columns, BLOCK_COLUMNS), dtype=dtype, device=x_hat.device)
-    for i0, i1 in _blocks(rows, BLOCK_ROWS):
-        x_block = x_hat[i0:i1]
-        if x_hat.dtype == dtype:
-            x_block = x_block * scale_log2
-        for j0, j1 in _blocks(columns, BLOCK_COLUMNS):
-            logits = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-            accumulate_matmul(logits, x_block, y_hat[j0:j1].T, first=True)
-            if x_hat.dtype != dtype:
-                logits.mul_(scale_log2)
-            yield slice(i0, i1), slice(j0, j1), logits
+def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
+    """The logsumexp of each row's and of the first columns' logits S_ij = scale <x_hat_i, y_hat_j>, from one matmul.
+
+        row_lse_i = logsumexp of S_ij over the columns j that are not excluded
+        col_lse_j = logsumexp of S_ij over the rows i that are not excluded,   for j < C
+
+    and -inf where all is excluded. Without the positive, 1 - p_i = sigmoid(row_lse_i - positive_i) keeps its relative
+    accuracy however small it is.
+
+    Args:
+        a: the logits.
+        row_lse: written, [B].
+        col_lse: written, [C], C <= N.
+    """
+    scale_log2 = a.scale * LOG2E
+    shift = _shift(scale_log2)
+    row_log2, col_log2 = _log2_sums(a, scale_log2, shift, len(col_lse))
+    if shift is not None and not _log2_fit(shift, row_log2, col_log2):
+        row_log2, col_log2 = _log2_sums(a, scale_log2, None, len(col_lse))
+    torch.div(row_log2, LOG2E, out=row_lse)
+    torch.div(col_log2, LOG2E, out=col_lse)
 
 
-def _fill_excluded(block: Tensor, i: slice, j: slice, group_ids: Tensor | None, value: float) -> None:
-    """Write ``value`` where a pair is no negative: on the diagonal and inside a group."""
-    if group_ids is None:
-        block.diagonal(i.start - j.start).fill_(value)
+def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
+    """The products of weighted softmaxes with the other side: G Y_hat and G^T X_hat.
+
+        G_ij = row_weight_i exp(S_ij - row_lse_i) + col_weight_j exp(S_ij - col_lse_j),   0 for an excluded pair
+
+    where the second term is for j < C only. With the logsumexps of :func:`contrastive_stats` no exponential is above 1.
+
+    Args:
+        a: the logits.
+        softmaxes: and their weights.
+        grad_x: written, G Y_hat [B, width]; empty if it is not wanted.
+        grad_y: written, G^T X_hat [N, width], likewise.
+    """
+    rows, columns, dtype = len(a.x_hat), len(a.y_hat), a.scale.dtype
+    row_lse, col_lse, row_weight, col_weight = softmaxes
+    scale_log2 = a.scale * LOG2E
+    shift = _shift(scale_log2)
+    row_log2, col_log2 = _softmax_log2(row_lse, rows), _softmax_log2(col_lse, columns)
+    col_weight = torch.nn.functional.pad(col_weight, (0, columns - len(col_weight)))
+    if shift is not None and _log2_fit(shift, row_log2, col_log2):
+        row_weight, col_weight = row_weight * (shift - row_log2).exp2_(), col_weight * (shift - col_log2).exp2_()
     else:
-        same = group_ids[i, None] == group_ids[None, j]
-        block[:, : same.shape[1]].masked_fill_(same, value)
+        shift = None
+    block = even_block(rows, BLOCK_ROWS), even_block(columns, BLOCK_COLUMNS)
+    # A fresh block each time would cost more in page faults than what is written to it.
+    scratch = torch.empty(2 - (a.x_hat.dtype == dtype), *block, dtype=dtype, device=a.x_hat.device)
+
+    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+        g, scratch_block = (t[..., : i.stop - i.start, : j.stop - j.start] for t in (g, scratch))
+        logits = _logits(a, scale_log2, i, j, g if g.dtype == dtype else scratch_block[1])
+        if shift is not None:
+            weights = torch.add(row_weight[i, None], col_weight[None, j], out=scratch_block[0])
+            logits.sub_(shift).exp2_().mul_(weights)
+        else:
+            to_col = torch.sub(logits, col_log2[None, j], out=scratch_block[0]).exp2_().mul_(col_weight[None, j])
+            logits.sub_(row_log2[i, None]).exp2_().mul_(row_weight[i, None]).add_(to_col)
+        _fill_excluded(logits, a, i, j, 0.0)
+        if logits is not g:
+            g.copy_(logits.mul_(gain) if gain != 1.0 else logits)
+
+    accumulate_products(a, grad_x, grad_y, block, write_g)
+
+
+def _logits(a: Logits, scale_log2: Tensor, i: slice, j: slice, out: Tensor) -> Tensor:
+    """A block of S * log2(e) in the accumulation dtype, in ``out``."""
+    if a.x_hat.dtype == out.dtype:
+        accumulate_matmul(out, a.x_hat[i] * scale_log2, a.y_hat[j].T, first=True)
+        return out
+    accumulate_matmul(out, a.x_hat[i], a.y_hat[j].T, first=True)
+    return out.mul_(scale_log2)
+
+
+def _fill_excluded(block: Tensor, a: Logits, i: slice, j: slice, value: float) -> None:
+    """Write ``value`` where a pair is excluded."""
+    if a.row_ids is not None and a.col_ids is not None:
+        block.masked_fill_(a.row_ids[i, None] == a.col_ids[None, j], value)
+    if a.exclude_diagonal:
+        block.diagonal(i.start - j.start).fill_(value)
 
 
 def _shift(scale_log2: Tensor) -> Tensor | None:
@@ -163,135 +173,60 @@ def _shift(scale_log2: Tensor) -> Tensor | None:
     return (scale_log2 - HEADROOM).clamp_min(0)
 
 
+def _log2_fit(shift: Tensor, *log2: Tensor) -> bool:
+    """Whether sums of exponentials under the shift, of which these are log2, have lost nothing."""
+    return all(bool(each.min() - shift >= SMALLEST_LOG2_SUM) for each in log2 if len(each))
+
+
+def _softmax_log2(lse: Tensor, length: int) -> Tensor:
+    """``lse`` in units of log2, +inf (so that the softmax is 0) where nothing takes part or past its end."""
+    log2 = torch.where(lse == -math.inf, math.inf, lse * LOG2E)
+    return torch.nn.functional.pad(log2, (0, length - len(log2)), value=math.inf)
+
+
 def _logsumexp2(logits: Tensor, dim: int) -> Tensor:
     """log2 of the sum of 2^logits; -inf where all are -inf."""
     maximum = logits.amax(dim, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
     return (logits - maximum).exp2_().sum(dim).log2_() + maximum.squeeze(dim)
 
 
-def contrastive_stats(
-    x_hat: Tensor, y_hat: Tensor, scale: Tensor, group_ids: Tensor | None, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The positives' logits, and the logsumexp of each row's and each column's negatives, from one matmul.
-
-        positive_i = S_ii
-        row_lse_i  = logsumexp of S_ij over the negatives j of row i
-        col_lse_j  = logsumexp of S_ij over the negatives i < B of column j
-
-    Without the positive, 1 - p_i = sigmoid(row_lse_i - positive_i) keeps its relative accuracy however small it is.
-
-    Args:
-        x_hat: [B, D].
-        y_hat: [N, D], N >= B, same dtype.
-        scale: 0-dim, accumulation dtype.
-        group_ids: int64 [B]; pairs of equal id are not negatives. None: all but the diagonal are.
-        symmetric: False leaves the columns out.
-
-    Returns:
-        positive [B], row_lse [B], col_lse [B] (-inf where there is no negative, and everywhere unless symmetric).
-    """
-    rows = x_hat.shape[0]
-    dtype = scale.dtype
-    positive = torch.empty(rows, dtype=dtype, device=x_hat.device)
-    for i0, i1 in _blocks(rows, NORMALIZE_ROWS):
-        torch.sum(x_hat[i0:i1].to(dtype) * y_hat[i0:i1].to(dtype), dim=1, out=positive[i0:i1])
-    positive.mul_(scale)
-
-    scale_log2 = scale * LOG2E
-    shift = _shift(scale_log2)
-    row_log2, col_log2 = _log2_sums(x_hat, y_hat, scale_log2, shift, group_ids, symmetric)
-    if shift is not None:
-        smallest = torch.minimum(row_log2.min(), col_log2.min()) if symmetric else row_log2.min()
-        if smallest - shift < SMALLEST_LOG2_SUM:
-            row_log2, col_log2 = _log2_sums(x_hat, y_hat, scale_log2, None, group_ids, symmetric)
-    return positive, (row_log2 / LOG2E).to(dtype), (col_log2 / LOG2E).to(dtype)
-
-
-def _log2_sums(
-    x_hat: Tensor,
-    y_hat: Tensor,
-    scale_log2: Tensor,
-    shift: Tensor | None,
-    group_ids: Tensor | None,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor]:
+def _log2_sums(a: Logits, scale_log2: Tensor, shift: Tensor | None, col_count: int) -> tuple[Tensor, Tensor]:
     """log2 of each row's and column's sum of exponentials, in float64; with a shift one exp2 an element, else two."""
-    rows = x_hat.shape[0]
-    row_log2 = torch.full((rows,), -math.inf, dtype=torch.float64, device=x_hat.device)
-    col_log2 = row_log2.clone()
-    row_sum, col_sum = torch.zeros_like(row_log2), torch.zeros_like(row_log2)
-    for i, j, logits in _logit_blocks(x_hat, y_hat, scale_log2):
-        paired = slice(j.start, min(j.stop, rows))
-        if shift is not None:
-            exponentials = logits.sub_(shift).exp2_()
-            _fill_excluded(exponentials, i, j, group_ids, 0.0)
-            row_sum[i] += exponentials.sum(1)
-            if symmetric and j.start < rows:
-                col_sum[paired] += exponentials[:, : rows - j.start].sum(0)
-        else:
-            _fill_excluded(logits, i, j, group_ids, -math.inf)
-            row_log2[i] = torch.logaddexp2(row_log2[i], _logsumexp2(logits, 1).to(row_log2.dtype))
-            if symmetric and j.start < rows:
-                column_block = _logsumexp2(logits[:, : rows - j.start], 0).to(col_log2.dtype)
-                col_log2[paired] = torch.logaddexp2(col_log2[paired], column_block)
+    rows, columns, device = len(a.x_hat), len(a.y_hat), a.x_hat.device
+    start = -math.inf if shift is None else 0.0
+    row_sum, col_sum = (torch.full((n,), start, dtype=torch.float64, device=device) for n in (rows, col_count))
+    block = even_block(rows, BLOCK_ROWS), even_block(columns, BLOCK_COLUMNS)
+    buffer = torch.empty(block, dtype=accumulation_dtype(a.x_hat.dtype), device=device)
+    for i in blocks(rows, block[0]):
+        for j in blocks(columns, block[1]):
+            logits = _logits(a, scale_log2, i, j, buffer[: i.stop - i.start, : j.stop - j.start])
+            counted = logits[:, : max(0, col_count - j.start)]
+            if shift is not None:
+                logits.sub_(shift).exp2_()
+                _fill_excluded(logits, a, i, j, 0.0)
+                row_sum[i] += logits.sum(1)
+                col_sum[j] += counted.sum(0)
+            else:
+                _fill_excluded(logits, a, i, j, -math.inf)
+                row_sum[i] = torch.logaddexp2(row_sum[i], _logsumexp2(logits, 1).to(row_sum.dtype))
+                col_sum[j] = torch.logaddexp2(col_sum[j], _logsumexp2(counted, 0).to(col_sum.dtype))
     if shift is not None:
         return row_sum.log2() + shift, col_sum.log2() + shift
-    return row_log2, col_log2
+    return row_sum, col_sum
 
 
-def contrastive_grads(
-    x_hat: Tensor,
-    y_hat: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    group_ids: Tensor | None,
-    want_x: bool,
-    want_y: bool,
-) -> tuple[Tensor, Tensor]:
-    """The products of the negatives' probabilities with the other side: G Y_hat and G^T X_hat.
+def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.float16
+    fast = features == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
-        G_ij = exp(S_ij - row_lse_i) + exp(S_ij - col_lse_j)   for the negatives, 0 on the diagonal and inside groups
 
-    Args:
-        x_hat: [B, D].
-        y_hat: [N, D], N >= B, same dtype.
-        scale: 0-dim, accumulation dtype.
-        row_lse: [B], with the positive: at least every logit of its row.
-        col_lse: [B], likewise; +inf takes a column's own softmax out of G. Columns past B have none.
-        group_ids: int64 [B] or None.
-        want_x: False returns an empty first result.
-        want_y: False returns an empty second result.
-
-    Returns:
-        G Y_hat [B, D] and G^T X_hat [N, D] in the accumulation dtype.
-    """
-    rows, columns = x_hat.shape[0], y_hat.shape[0]
-    dtype = scale.dtype
-    grad_x = torch.empty(x_hat.shape if want_x else 0, dtype=dtype, device=x_hat.device)
-    grad_y = torch.empty(y_hat.shape if want_y else 0, dtype=dtype, device=x_hat.device)
-    scale_log2 = scale * LOG2E
-    row_log2 = row_lse * LOG2E
-    col_log2 = torch.full((columns,), math.inf, dtype=dtype, device=x_hat.device)
-    torch.mul(col_lse, LOG2E, out=col_log2[:rows])
-    shift = _shift(scale_log2)
-    if shift is not None and not torch.minimum(row_log2.min(), col_log2.min()) - shift >= SMALLEST_LOG2_SUM:
-        shift = None
-    if shift is not None:
-        row_weight, col_weight = (shift - row_log2).exp2_(), (shift - col_log2).exp2_()
-    gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
-    scratch = torch.empty(0, dtype=dtype, device=x_hat.device)
-    for i, j, logits in _logit_blocks(x_hat, y_hat, scale_log2):
-        if shift is not None:
-            # A fresh block each time would cost more in page faults than the addition.
-            scratch = scratch if scratch.shape == logits.shape else torch.empty_like(logits)
-            g = logits.sub_(shift).exp2_().mul_(torch.add(row_weight[i, None], col_weight[None, j], out=scratch))
-        else:
-            g = (logits - col_log2[None, j]).exp2_().add_(logits.sub_(row_log2[i, None]).exp2_())
-        _fill_excluded(g, i, j, group_ids, 0.0)
-        g = g.mul_(gain).to(x_hat.dtype) if gain != 1.0 else g.to(x_hat.dtype)
-        if want_x:
-            accumulate_matmul(grad_x[i], g, y_hat[j], first=j.start == 0, alpha=1 / gain)
-        if want_y:
-            accumulate_matmul(grad_y[j], g.T, x_hat[i], first=i.start == 0, alpha=1 / gain)
-    return grad_x, grad_y
+BACKEND = Backend(
+    name="eager",
+    auto=None,
+    operand_dtype=_operand_dtype,
+    width_multiple=1,
+    why_not=lambda device, dtype, features: None,
+    module=lambda device_type: __name__,
+)

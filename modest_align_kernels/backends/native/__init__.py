@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from typing import Any
+import torch
 
-from torch import Tensor
+from modest_align_kernels.backends import GPU_FEATURES, Backend, computed_dtype
 
-
-@cache
-def _kernels(device_type: str) -> Any:
-    return import_module(f"modest_align_kernels.backends.native.{device_type}")
-
-
-def perturb_normalize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`modest_align_kernels.backends.eager.perturb_normalize`."""
-    return _kernels(x.device.type).perturb_normalize(x, *args)  # type: ignore[no-any-return]
+try:
+    from modest_align_kernels import _C
+except ImportError as error:
+    _MISSING: str | None = (
+        f"the compiled kernels are not there ({error}): install again with a C++17 compiler and without "
+        "MODEST_ALIGN_NATIVE=0"
+    )
+else:
+    _MISSING = None
 
 
-def perturb_normalize_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`."""
-    return _kernels(grad.device.type).perturb_normalize_backward(grad, *args)  # type: ignore[no-any-return]
+def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if features == torch.bfloat16 and _C.cpu_bfloat16() else torch.float32
 
 
-def contrastive_stats(x_hat: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
-    return _kernels(x_hat.device.type).contrastive_stats(x_hat, *args)  # type: ignore[no-any-return]
+def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
+    if _MISSING is not None:
+        return _MISSING
+    if dtype == torch.float64:
+        return 'float64 features run on backend="eager" only'
+    if device.type == "cuda":
+        if not _C.cuda:
+            return "the CUDA kernels were not built: install with nvcc (CUDA 12.4 or newer) on the PATH"
+        if not _C.cuda_sm90a or torch.cuda.get_device_capability(device) != (9, 0):
+            return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
+        if dtype is not None and computed_dtype(dtype, device) == torch.float32:
+            return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
+        if features is not None and features > GPU_FEATURES:
+            return f"the CUDA kernels take rows of at most {GPU_FEATURES:,} features, not {features:,}"
+    elif device.type != "cpu":
+        return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
+    return None
 
 
-def contrastive_grads(x_hat: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
-    return _kernels(x_hat.device.type).contrastive_grads(x_hat, *args)  # type: ignore[no-any-return]
+BACKEND = Backend(
+    name="native",
+    auto=("cpu",),  # on a GPU nothing has been measured yet: there it runs by name only
+    operand_dtype=_operand_dtype,
+    width_multiple=64,
+    why_not=_why_not,
+    module=lambda device_type: f"{__name__}.{device_type}",
+)

@@ -1,136 +1,150 @@
-"""The products of the negatives' probabilities with the other side, a block of probabilities at a time.
+"""The products of weighted softmaxes with the other side, a block of G at a time.
 
-A kernel recomputes a block of logits and writes G = exp(S - row_lse) + exp(S - col_lse), with one exponential an
-element; two dense matmuls with float32 sums take it from there.
+A kernel recomputes a block of logits and writes G = row_weight exp(S - row_lse) + col_weight exp(S - col_lse), with one
+exponential an element; two dense matmuls with float32 sums take it from there.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modest_align_kernels.backends import (
-    FP16_GAIN,
-    WORKSPACE_BYTES,
-    accumulate_matmul,
-    gradient_blocks,
-    pair_ids,
-    round_up,
+from modest_align_kernels.backends import WORKSPACE_BYTES, accumulate_products, gradient_block
+from modest_align_kernels.backends.contract import Logits, Softmaxes
+from modest_align_kernels.backends.triton.logits import (
+    HEADROOM,
+    HUGE,
+    LOG2E,
+    dot_tile,
+    exclude,
+    existing,
+    ids_meet,
+    tile_of_program,
 )
-from modest_align_kernels.backends.triton.logits import dot_tile, exclude, tile_of_program
 from modest_align_kernels.backends.triton.tiles import choose_tile, input_precision
 
 
-@triton.jit(do_not_specialize=["first_row", "wave_rows", "first_col", "wave_columns", "paired"])
+@triton.jit
+def _softmax_log2(lse):
+    """``lse`` in units of log2, so large that the softmax is 0 where nothing takes part."""
+    return tl.where(lse == -float("inf"), HUGE, lse * LOG2E)
+
+
+@triton.jit
+def _largest(log2):
+    """The largest logsumexp of those that something takes part in."""
+    return tl.max(tl.where(log2 < HUGE, log2, -HUGE))
+
+
+@triton.jit(do_not_specialize=["first_row", "block_rows", "first_col", "block_columns", "col_count"])
 def contrastive_grads_kernel(
-    x_hat,  # [B, features], contiguous
-    y_hat,  # [N, features], contiguous
-    ids,  # int32 [N], see pair_ids
+    x_hat,  # [B, width], contiguous
+    y_hat,  # [N, width], contiguous
     scale,  # float32, one element
     row_lse,  # float32 [B]
-    col_lse,  # float32 [paired]
-    probabilities,  # whole tiles that cover [wave_rows, wave_columns]: no store needs a mask
-    stride,  # elements from row to row, a multiple of BLOCK_COLUMNS
+    col_lse,  # float32 [col_count]
+    row_weight,  # float32 [B]
+    col_weight,  # float32 [col_count]
+    row_ids,  # int32 [B], read with IDS only
+    col_ids,  # int32 [N], likewise
+    g,  # whole tiles that cover [block_rows, block_columns]: no store needs a mask, and what is past them is not read
+    stride,  # elements from row to row of g, a multiple of BLOCK_COLUMNS
     first_row,
-    wave_rows,
+    block_rows,
     first_col,
-    wave_columns,
-    paired,  # columns with a softmax of their own
-    features,
-    log2_gain,
+    block_columns,
+    col_count,  # columns with a softmax of their own
+    width,
+    gain,  # float32
+    IDS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of G times the gain that keeps float16 normal."""
-    tile_row, tile_col = tile_of_program(wave_rows, wave_columns, BLOCK_ROWS, BLOCK_COLUMNS)
-    row0, col0 = tile_row * BLOCK_ROWS, tile_col * BLOCK_COLUMNS
-    in_rows, in_columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
-    row_inside, col_inside = in_rows < wave_rows - row0, in_columns < wave_columns - col0
-    row, col = tl.where(row_inside, in_rows, 0), tl.where(col_inside, in_columns, 0)
-    x_tile = x_hat + (first_row + row0).to(tl.int64) * features
-    y_tile = y_hat + (first_col + col0).to(tl.int64) * features
-    row_id, col_id = tl.load(ids + (first_row + row0) + row), tl.load(ids + (first_col + col0) + col)
-    k = tl.load(scale) * 1.4426950408889634
-    row_log2 = tl.load(row_lse + (first_row + row0) + row) * 1.4426950408889634 - log2_gain
-    has_softmax = col < paired - (first_col + col0)
-    col_log2 = tl.load(col_lse + (first_col + col0) + col, mask=has_softmax, other=float("inf"))
-    col_log2 = col_log2 * 1.4426950408889634 - log2_gain
-
-    s = dot_tile(
-        x_tile, y_tile, row, col, features,
+    tile_row, tile_col = tile_of_program(block_rows, block_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    g_row0, g_col0 = tile_row * BLOCK_ROWS, tile_col * BLOCK_COLUMNS
+    row0, col0 = first_row + g_row0, first_col + g_col0
+    rows_left, columns_left = block_rows - g_row0, block_columns - g_col0
+    row, col = existing(rows_left, BLOCK_ROWS), existing(columns_left, BLOCK_COLUMNS)
+    x_tile, y_tile = x_hat + row0.to(tl.int64) * width, y_hat + col0.to(tl.int64) * width
+    meet = ids_meet(row_ids, col_ids, row0 + row, col0 + col, IDS)
+    k = tl.load(scale) * LOG2E
+    s = k * dot_tile(
+        x_tile, y_tile, row, col, width,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,
     )  # fmt: skip
-    s = exclude(s * k, row_id, col_id, row_inside, col_inside, -float("inf"))
-    # With every logsumexp of the tile within 100 binades of the lowest, one exponential serves both softmaxes: S is at
+
+    # Loads stand where their values are wanted, some twice: the columns' would hold registers that accumulators need.
+    in_rows, in_columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
+    has_softmax = in_columns < tl.minimum(columns_left, col_count - col0)
+    row_log2 = _softmax_log2(tl.load(row_lse + row0 + row))
+    col_log2 = _softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
+    # With every logsumexp of the tile within HEADROOM of the lowest, one exponential serves both softmaxes: S is at
     # most the larger one's, and what underflows 126 binades below the lowest is nothing to either.
     low = tl.minimum(tl.min(row_log2), tl.min(col_log2))
-    high = tl.maximum(tl.max(row_log2), tl.max(tl.where(col_log2 < float("inf"), col_log2, -float("inf"))))
-    if high - low <= 100.0:
-        g = tl.exp2(s - low) * (tl.exp2(low - row_log2)[:, None] + tl.exp2(low - col_log2)[None, :])
+    if tl.maximum(_largest(row_log2), _largest(col_log2)) - low <= HEADROOM:
+        row_gain = tl.load(row_weight + row0 + row) * gain * tl.exp2(low - row_log2)
+        col_gain = tl.load(col_weight + col0 + in_columns, mask=has_softmax, other=0.0) * gain * tl.exp2(low - col_log2)
+        values = tl.exp2(s - low) * (row_gain[:, None] + col_gain[None, :])
     else:
-        g = tl.exp2(s - row_log2[:, None]) + tl.exp2(s - col_log2[None, :])
-    g_tile = probabilities + (row0.to(tl.int64) * stride + col0)
-    tl.store(g_tile + ((in_rows * stride)[:, None] + in_columns[None, :]), g.to(probabilities.dtype.element_ty))
+        row_log2 = _softmax_log2(tl.load(row_lse + row0 + row))
+        col_log2 = _softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
+        row_gain = tl.load(row_weight + row0 + row) * gain
+        col_gain = tl.load(col_weight + col0 + in_columns, mask=has_softmax, other=0.0) * gain
+        values = tl.exp2(s - row_log2[:, None]) * row_gain[:, None]
+        values += tl.exp2(s - col_log2[None, :]) * col_gain[None, :]
+    # Last, because an excluded pair's logit may be far above the logsumexps.
+    values = exclude(
+        values, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,
+        0.0, IDS, DIAGONAL, BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+    g_tile = g + (g_row0.to(tl.int64) * stride + g_col0)
+    tl.store(g_tile + ((in_rows * stride)[:, None] + in_columns[None, :]), values.to(g.dtype.element_ty))
 
 
-def contrastive_grads(
-    x_hat: Tensor,
-    y_hat: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    group_ids: Tensor | None,
-    want_x: bool,
-    want_y: bool,
-) -> tuple[Tensor, Tensor]:
+def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
-    (rows, features), columns = x_hat.shape, y_hat.shape[0]
+    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal = a
+    row_lse, col_lse, row_weight, col_weight = softmaxes
+    (rows, width), columns = x_hat.shape, y_hat.shape[0]
     tile = choose_tile(x_hat.device, x_hat.dtype)
-    grad_x = torch.empty(x_hat.shape if want_x else 0, dtype=torch.float32, device=x_hat.device)
-    grad_y = torch.empty(y_hat.shape if want_y else 0, dtype=torch.float32, device=x_hat.device)
-    ids = pair_ids(x_hat, y_hat, group_ids)
-    gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
     elements = WORKSPACE_BYTES // x_hat.element_size()
-    row_blocks, column_blocks = gradient_blocks(rows, columns, elements, tile.block_rows, tile.block_columns)
-    height = round_up(max(b - a for a, b in row_blocks), tile.block_rows)
-    width = round_up(max(b - a for a, b in column_blocks), tile.block_columns)
-    workspace = torch.empty((height, width), dtype=x_hat.dtype, device=x_hat.device)
-    for i0, i1 in row_blocks:
-        for j0, j1 in column_blocks:
-            tiles_of_rows = triton.cdiv(i1 - i0, tile.block_rows)
-            tiles_of_columns = triton.cdiv(j1 - j0, tile.block_columns)
-            contrastive_grads_kernel[(tiles_of_rows * tiles_of_columns,)](
-                x_hat,
-                y_hat,
-                ids,
-                scale,
-                row_lse,
-                col_lse,
-                workspace,
-                workspace.stride(0),
-                i0,
-                i1 - i0,
-                j0,
-                j1 - j0,
-                rows,
-                features,
-                math.log2(gain),
-                BLOCK_ROWS=tile.block_rows,
-                BLOCK_COLUMNS=tile.block_columns,
-                BLOCK_FEATURES=tile.block_features,
-                PRECISION=input_precision(x_hat.dtype),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
-            g = workspace[: i1 - i0, : j1 - j0]
-            if want_x:
-                accumulate_matmul(grad_x[i0:i1], g, y_hat[j0:j1], first=j0 == 0, alpha=1 / gain)
-            if want_y:
-                accumulate_matmul(grad_y[j0:j1], g.T, x_hat[i0:i1], first=i0 == 0, alpha=1 / gain)
-    return grad_x, grad_y
+    block = gradient_block(rows, columns, elements, tile.block_rows, tile.block_columns)
+
+    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+        block_rows, block_columns = i.stop - i.start, j.stop - j.start
+        tiles = triton.cdiv(block_rows, tile.block_rows) * triton.cdiv(block_columns, tile.block_columns)
+        contrastive_grads_kernel[(tiles,)](
+            x_hat,
+            y_hat,
+            scale,
+            row_lse,
+            col_lse,
+            row_weight,
+            col_weight,
+            row_ids,
+            col_ids,
+            g,
+            g.stride(0),
+            i.start,
+            block_rows,
+            j.start,
+            block_columns,
+            len(col_lse),
+            width,
+            gain,
+            IDS=row_ids is not None,
+            DIAGONAL=exclude_diagonal,
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLUMNS=tile.block_columns,
+            BLOCK_FEATURES=tile.block_features,
+            PRECISION=input_precision(x_hat.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    accumulate_products(a, grad_x, grad_y, block, write_g)

@@ -1,9 +1,16 @@
-"""What the two matmul kernels share: the order of the tiles, a tile of logits, and the pairs that are no negatives."""
+"""What the two matmul kernels share: numbers, the order of the tiles, a tile of logits, and its excluded pairs."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from modest_align_kernels import backends
+
+LOG2E = tl.constexpr(backends.LOG2E)
+HEADROOM = tl.constexpr(backends.HEADROOM)
+# In place of an infinity, whose difference with another one would be NaN; exp2 of minus this is 0.
+HUGE = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -19,12 +26,19 @@ def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.c
 
 
 @triton.jit
+def existing(count, BLOCK: tl.constexpr):
+    """[0, BLOCK), the first in place of those from ``count`` on: what loads them needs no mask."""
+    place = tl.arange(0, BLOCK)
+    return tl.where(place < count, place, 0)
+
+
+@triton.jit
 def dot_tile(
     x_tile,  # the tile's first row of x_hat
     y_tile,  # the tile's first row of y_hat
     row,  # int32 [BLOCK_ROWS], counted from there: 32-bit offsets leave registers for the accumulators
     col,
-    features,
+    width,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
@@ -32,10 +46,10 @@ def dot_tile(
 ):
     """Dot products of the rows ``row`` and ``col``, float32 [BLOCK_ROWS, BLOCK_COLUMNS]; all must exist."""
     feature = tl.arange(0, BLOCK_FEATURES)
-    x_block = x_tile + ((row * features)[:, None] + feature[None, :])
-    y_block = y_tile + ((col * features)[None, :] + feature[:, None])
+    x_block = x_tile + ((row * width)[:, None] + feature[None, :])
+    y_block = y_tile + ((col * width)[None, :] + feature[:, None])
     dots = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for _ in range(0, features, BLOCK_FEATURES):
+    for _ in range(0, width, BLOCK_FEATURES):
         x = tl.load(x_block)
         y = tl.load(y_block)
         dots = tl.dot(x, y, dots, input_precision=PRECISION)
@@ -45,11 +59,42 @@ def dot_tile(
 
 
 @triton.jit
-def exclude(values, row_id, col_id, row_inside, col_inside, FILL: tl.constexpr):
-    """``values`` with FILL where a pair is no negative. Most tiles have none such, and skip the comparison."""
-    overlap = (tl.max(row_id) >= tl.min(col_id)) & (tl.max(col_id) >= tl.min(row_id))
-    ragged = (tl.min(row_inside.to(tl.int32)) == 0) | (tl.min(col_inside.to(tl.int32)) == 0)
-    if overlap | ragged:
-        out = (row_id[:, None] == col_id[None, :]) | (row_inside == 0)[:, None] | (col_inside == 0)[None, :]
-        values = tl.where(out, FILL, values)
+def ids_meet(row_ids, col_ids, row, col, IDS: tl.constexpr):
+    """Whether the ids of the rows ``row`` and of the columns ``col`` lie in ranges that overlap."""
+    meet = False
+    if IDS:
+        row_id, col_id = tl.load(row_ids + row), tl.load(col_ids + col)
+        meet = (tl.max(row_id) >= tl.min(col_id)) & (tl.max(col_id) >= tl.min(row_id))
+    return meet
+
+
+@triton.jit
+def exclude(
+    values,  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    row_ids,  # int32 [B], read with IDS only
+    col_ids,  # int32 [N], likewise
+    meet,  # of the tile, see ids_meet
+    row0,  # the tile's first row
+    col0,
+    row_count,  # how many of the tile's rows exist
+    col_count,
+    FILL: tl.constexpr,
+    IDS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """``values`` with FILL where a pair is excluded. Most tiles have none such, and compare nothing."""
+    row, col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
+    if DIAGONAL:
+        diagonal = row0 - col0
+        if (diagonal < BLOCK_COLUMNS) & (diagonal > -BLOCK_ROWS):
+            values = tl.where((row + diagonal)[:, None] == col[None, :], FILL, values)
+    if IDS:
+        row_inside, col_inside = row < row_count, col < col_count
+        if meet:
+            # Loaded again, because ids held through the loop would cost it registers.
+            row_id = tl.load(row_ids + row0 + row, mask=row_inside, other=0)
+            col_id = tl.load(col_ids + col0 + col, mask=col_inside, other=0)
+            values = tl.where(row_id[:, None] == col_id[None, :], FILL, values)
     return values

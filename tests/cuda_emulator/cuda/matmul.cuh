@@ -72,8 +72,7 @@ cudaError_t launch_matmul(const void* x_hat, const void* y_hat, int rows, int co
         const int row = group * kGroupRows + 16 * warp + lane / 4 + 8 * (i / 2 % 2);
         dots(i) = products[t][row * kColumns + 8 * (i / 4) + 2 * (lane % 4) + i % 2];
       }
-      const Place place(group_row + 16 * warp, column0, kColumns, lane, rows, columns, params.first_row,
-                        params.first_column, params.ids);
+      const Place place(group_row + 16 * warp, column0, kColumns, lane, rows, columns, params.pairs);
       Tile::run(params, shared, place, dots, thread);
     }
   });

@@ -1,0 +1,107 @@
+"""What the four functions of every backend are given; what they compute is said in ``backends/eager.py``.
+
+    perturb_normalize(PerturbNormalize)
+    perturb_normalize_backward(PerturbNormalizeBackward)
+    contrastive_stats(Logits, row_lse, col_lse)
+    contrastive_grads(Logits, Softmaxes, grad_x, grad_y)
+
+Results are allocated by :mod:`modest_align_kernels.ops`, and a function writes all of them. Sums, statistics and
+gradients of operands are in the accumulation dtype: float64 for float64 operands, else float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PerturbNormalize(NamedTuple):
+    """Arguments of ``perturb_normalize``.
+
+    Attributes:
+        x: [rows, D], any strides.
+        seed: int64, one element; None draws no noise.
+        noise_std: standard deviation of the noise, accumulation dtype, one element; None beside no seed.
+        noise_stream: of :mod:`modest_align_kernels.noise`.
+        relative_noise: times each row's root mean square.
+        pair_hat: [P, width], P <= rows, in x_hat's dtype: what the first rows are paired with. None: nothing.
+        x_hat: written, [rows, width >= D] in the operands' dtype; zero past D.
+        inv_norm: written, [rows].
+        pair_dot: written, [P] (0 without pairs), of x_hat as it was rounded.
+    """
+
+    x: Tensor
+    seed: Tensor | None
+    noise_std: Tensor | None
+    noise_stream: int
+    relative_noise: bool
+    pair_hat: Tensor | None
+    x_hat: Tensor
+    inv_norm: Tensor
+    pair_dot: Tensor
+
+
+class PerturbNormalizeBackward(NamedTuple):
+    """Arguments of ``perturb_normalize_backward``.
+
+    Attributes:
+        grad: [rows, width].
+        x_hat: [rows, width].
+        inv_norm: [rows].
+        pair_hat: [P, width], P <= rows: the rows' positives.
+        pair_weight: [P].
+        offset: [2, width].
+        factor: 0-dim.
+        dx: written, [rows, D <= width], any floating dtype.
+        row_dot: written, [rows].
+    """
+
+    grad: Tensor
+    x_hat: Tensor
+    inv_norm: Tensor
+    pair_hat: Tensor
+    pair_weight: Tensor
+    offset: Tensor
+    factor: Tensor
+    dx: Tensor
+    row_dot: Tensor
+
+
+class Logits(NamedTuple):
+    """The matrix S_ij = scale <x_hat_i, y_hat_j>, and what is excluded from it.
+
+    A pair (i, j) is excluded where row_ids[i] == col_ids[j], and with ``exclude_diagonal`` where i == j.
+
+    Attributes:
+        x_hat: [B, width].
+        y_hat: [N, width], same dtype.
+        scale: 0-dim.
+        row_ids: int32 [B], or None: no pair is excluded by its ids.
+        col_ids: int32 [N], or None with it.
+        exclude_diagonal: see above.
+    """
+
+    x_hat: Tensor
+    y_hat: Tensor
+    scale: Tensor
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    exclude_diagonal: bool
+
+
+class Softmaxes(NamedTuple):
+    """Weighted softmaxes of the rows, and of the first C <= N columns.
+
+    Attributes:
+        row_lse: [B], at least every logit of its row that is not excluded; -inf where all is.
+        col_lse: [C], likewise.
+        row_weight: [B], between -1 and 1, so that float16 holds G: who has larger weights divides both by the largest,
+            and gives it back to the results in float32.
+        col_weight: [C], likewise.
+    """
+
+    row_lse: Tensor
+    col_lse: Tensor
+    row_weight: Tensor
+    col_weight: Tensor

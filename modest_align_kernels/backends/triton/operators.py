@@ -1,0 +1,7 @@
+"""The four functions, each from the file that has its kernels."""
+
+from modest_align_kernels.backends.triton.contrastive_grads import contrastive_grads
+from modest_align_kernels.backends.triton.contrastive_stats import contrastive_stats
+from modest_align_kernels.backends.triton.perturb_normalize import perturb_normalize, perturb_normalize_backward
+
+__all__ = ["contrastive_grads", "contrastive_stats", "perturb_normalize", "perturb_normalize_backward"]
