@@ -6,6 +6,7 @@ VENV ?= .venv
 OUTPUT ?= demo_run
 BIN := $(VENV)/bin
 SOURCES := modest_align_kernels python benchmarks tests tools setup.py
+CPP_SOURCES = $(shell find csrc tests/cuda_emulator -name '*.[ch]*')
 
 .PHONY: demo test lint benchmark readme gpu-check
 
@@ -19,6 +20,7 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 benchmark: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks $(ARGS)
