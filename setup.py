@@ -29,7 +29,11 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = shlex.split(
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -pthread"
 )
-NVCC_FLAGS = shlex.split("-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden")
+# The matmuls are written for one chip, and elsewhere there is Triton.
+NVCC_FLAGS = shlex.split(
+    "-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden "
+    "-gencode=arch=compute_90a,code=sm_90a"
+)
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]
 LEVELS: dict[str, list[str]] = {"baseline": []}
@@ -61,13 +65,12 @@ def why_no_native() -> str | None:
     return None if header.exists() else f"Python's own headers are not installed ({header})"
 
 
-def nvcc() -> tuple[str, list[str]] | None:
-    """The CUDA compiler and the architectures it compiles for, if the CUDA part is to be built."""
+def nvcc() -> str | None:
+    """The CUDA compiler, if the CUDA part is to be built."""
     wanted = variable("MODEST_ALIGN_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
     home = os.environ.get("CUDA_HOME")
     compiler = None if wanted == "0" else shutil.which("nvcc", path=f"{home}/bin" if home else None)
     reason = None if compiler else f"found no nvcc {f'in CUDA_HOME ({home})' if home else 'on the PATH'}"
-    release = (0, 0)
     if compiler:
         version = subprocess.run([compiler, "--version"], text=True, capture_output=True, check=True).stdout
         release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))
@@ -75,16 +78,7 @@ def nvcc() -> tuple[str, list[str]] | None:
             reason = f"want CUDA 12.4 or newer, but {compiler} is of {release[0]}.{release[1]}"
     if reason and wanted == "1":
         sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
-    default = "80;90a;100" if release >= (12, 8) else "80;90a"
-    archs = variable("MODEST_ALIGN_CUDA_ARCHS", default, r"\d+a?(;\d+a?)*", 'numbers such as "80;90a"').split(";")
-    return None if reason else (compiler, archs)
-
-
-def gencode(archs: list[str]) -> list[str]:
-    """Machine code for each, and for the newest also what a driver can compile for later chips."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = max((int(arch) for arch in archs if arch.isdigit()), default=None)
-    return flags + ([f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else [])
+    return None if reason else compiler
 
 
 def cutlass_include() -> Path | None:
@@ -118,21 +112,19 @@ def ninja_file(out: Path) -> str:
         edges.append(f"  flags = {escape(shlex.join(arguments), r'([$])')}")
         objects.append(out / target)
 
-    if found := nvcc():
-        (compiler, archs), include = found, cutlass_include()
-        defines = ["-DMODEST_ALIGN_CUDA", *(["-DMODEST_ALIGN_SM90A"] if "90a" in archs else [])]
-        binding += defines
-        common = [*NVCC_FLAGS, *([f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []), f"-I{CSRC}", *defines]
+    compiler, include = nvcc(), cutlass_include()
+    if compiler and include is None:
+        reason = f"CUTLASS's headers are not installed: pip install {CUTLASS}"
+        if os.environ.get("MODEST_ALIGN_CUDA") == "1":
+            sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
+        print(f"The CUDA kernels are left out: {reason}.", file=sys.stderr)
+    elif compiler:
+        binding.append("-DMODEST_ALIGN_CUDA")
+        host = [f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []
+        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", "-DMODEST_ALIGN_CUDA"]
         rules.append(f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            arguments = [*common, *gencode(archs)]
-            if source.name.startswith("contrastive"):  # matmuls, written for one chip; elsewhere there is Triton
-                if "90a" not in archs:
-                    continue
-                if include is None:
-                    sys.exit(f"the CUDA kernels need CUTLASS's headers to build: pip install {CUTLASS}")
-                arguments = [*common, *gencode(["90a"]), f"-I{include}"]
-            edge("nvcc", f"cuda/{source.stem}.o", [source], arguments)
+            edge("nvcc", f"cuda/{source.stem}.o", [source], common)
         # nvcc knows where its runtime is, whose symbols must not be mixed up with those of PyTorch's.
         linker, link = shlex.join([compiler, *common]), [f"-Xcompiler={flag}" for flag in ["-pthread", *sanitize]]
         link += ["-shared", "-nodlink", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
@@ -170,9 +162,10 @@ if __name__ == "__main__":
         sys.exit(f"MODEST_ALIGN_NATIVE=1, but the native kernels cannot be built: {reason}")
     if reason:
         print(f"The native kernels are left out: {reason}.", file=sys.stderr)
-    found = None if reason else nvcc()
+    compiles_cuda = not reason and nvcc() is not None
     setup(
         ext_modules=[] if reason else [Extension("modest_align_kernels._C", sources=["csrc/bindings.cpp"])],
         cmdclass={"build_ext": NinjaBuild},
-        setup_requires=[CUTLASS] if found and "90a" in found[1] and not cutlass_include() else [],
+        # For pip, which asks in this way and installs it for the build.
+        setup_requires=[CUTLASS] if compiles_cuda and "egg_info" in sys.argv and not cutlass_include() else [],
     )

@@ -156,11 +156,6 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
   define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<PerturbNormalizeBackward>(),
          cuda::perturb_normalize_backward);
-#else
-  m.attr("cuda") = false;
-#endif
-#ifdef MODEST_ALIGN_SM90A
-  m.attr("cuda_sm90a") = true;
   using G = cuda::ContrastiveG;
   const Fields<Stats> limit{FIELD(workspace_bytes)};
   define(m, "cuda_contrastive_stats", stats + limit + device<Stats>(), cuda::contrastive_stats);
@@ -171,6 +166,6 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cuda_softmax_factors", softmaxes<G>() + factors + device<G>(), cuda::softmax_factors);
   define(m, "cuda_contrastive_g", softmaxes<G>() + factors + block + device<G>(), cuda::contrastive_g);
 #else
-  m.attr("cuda_sm90a") = false;
+  m.attr("cuda") = false;
 #endif
 }

@@ -105,16 +105,14 @@ bool set_cpu_level(const char* level);
 const char* const* cpu_levels();
 
 #ifdef MODEST_ALIGN_CUDA
-// The kernels for NVIDIA GPUs. The status is a cudaError_t: that of the first call or launch that failed, or
-// cudaSuccess (0).
+// The kernels for NVIDIA GPUs of compute capability 9.0. The status is a cudaError_t: that of the first call or launch
+// that failed, or cudaSuccess (0).
 namespace cuda {
 
 const char* error_string(int status);
 int perturb_normalize(const PerturbNormalize&);
 int perturb_normalize_backward(const PerturbNormalizeBackward&);
 
-#ifdef MODEST_ALIGN_SM90A
-// For compute capability 9.0.
 int contrastive_stats(const ContrastiveStats&);
 // Bytes of its workspace: at most `workspace_bytes`, if 256 rows at a time can do with so few.
 std::int64_t contrastive_stats_workspace(const ContrastiveStats&);
@@ -130,7 +128,6 @@ struct ContrastiveG : Softmaxes {
 // What contrastive_g needs of all rows and columns.
 int softmax_factors(const ContrastiveG&);
 int contrastive_g(const ContrastiveG&);
-#endif  // MODEST_ALIGN_SM90A
 
 }  // namespace cuda
 #endif  // MODEST_ALIGN_CUDA

@@ -111,7 +111,6 @@ class ContrastiveG(SoftmaxFactors):
     block_columns: int
 
 cuda: bool
-cuda_sm90a: bool
 
 def cpu_level() -> str: ...
 def cpu_levels() -> list[str]: ...

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -35,12 +36,16 @@ def setup_py(folder: Path, *arguments: str, **variables: str) -> subprocess.Comp
     )
 
 
-def ninja_file(monkeypatch: pytest.MonkeyPatch, out: Path, **variables: str) -> str:
+def load_setup(monkeypatch: pytest.MonkeyPatch, **variables: str) -> ModuleType:
     monkeypatch.setattr(os, "environ", environment(**variables))
     spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ninja_file(out)
+    return module
+
+
+def ninja_file(monkeypatch: pytest.MonkeyPatch, out: Path, **variables: str) -> str:
+    return load_setup(monkeypatch, **variables).ninja_file(out)
 
 
 def flags_of(text: str, target: str) -> str:
@@ -118,14 +123,27 @@ def test_flags_of_the_cpu_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_flags_of_the_cuda_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = ninja_file(monkeypatch, tmp_path, MODEST_ALIGN_CUDA_ARCHS="80")
-    assert "-gencode=arch=compute_80,code=sm_80" in flags_of(text, "cuda/perturb_normalize.o")
-    assert "code=compute_80" in flags_of(text, "cuda/perturb_normalize.o")
-    assert "contrastive_stats.cu" not in text  # those are for 90a
-    assert "MODEST_ALIGN_SM90A" not in text
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr(setup, "cutlass_include", lambda: Path("/cutlass"))
+    text = setup.ninja_file(tmp_path)
+    for kernels in ("perturb_normalize", "contrastive_stats", "contrastive_grads"):
+        assert "code=sm_90a" in flags_of(text, f"cuda/{kernels}.o")
     assert "-DMODEST_ALIGN_CUDA" in flags_of(text, "bindings.o")
-    with pytest.raises(SystemExit, match=r"MODEST_ALIGN_CUDA_ARCHS: got '8\.0', want numbers such as"):
-        ninja_file(monkeypatch, tmp_path, MODEST_ALIGN_CUDA_ARCHS="8.0")
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_without_cutlass_the_cpu_part_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr(setup, "cutlass_include", lambda: None)
+    text = setup.ninja_file(tmp_path)
+    assert ".cu" not in text
+    assert "MODEST_ALIGN_CUDA" not in flags_of(text, "bindings.o")
+    assert "CUDA kernels are left out: CUTLASS's headers are not installed: pip install nvidia" in capsys.readouterr().err
+    setup = load_setup(monkeypatch, MODEST_ALIGN_CUDA="1")
+    monkeypatch.setattr(setup, "cutlass_include", lambda: None)
+    with pytest.raises(SystemExit, match="MODEST_ALIGN_CUDA=1: CUTLASS's headers are not installed"):
+        setup.ninja_file(tmp_path)
 
 
 @needs_compiler

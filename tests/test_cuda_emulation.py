@@ -39,7 +39,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory):
     import pybind11
 
     folder = tmp_path_factory.mktemp("emulator")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DMODEST_ALIGN_CUDA", "-DMODEST_ALIGN_SM90A"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DMODEST_ALIGN_CUDA"]
     flags += [f"-I{ROOT}/tests/cuda_emulator", f"-I{ROOT}/csrc"]
     jobs = [[*flags, "-xc++", "-c", f"{ROOT}/csrc/cuda/{name}.cu", "-o", f"{folder}/{name}.o"] for name in KERNELS]
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]

@@ -50,12 +50,21 @@ struct GradsTile {
     std::int64_t stride;  // from row to row, a multiple of 8
   };
 
-  struct alignas(kSharedAlignment) Shared {};
+  // The factors of the tile's columns, for each warp group: from memory once a tile, not once a chunk of it.
+  struct alignas(kSharedAlignment) Shared {
+    float col_factor[2][kColumns];
+  };
 
   template <class Dots>
-  __device__ static void run(const Params& params, Shared&, const Place& place, Dots& dots, int thread) {
-    const int lane = thread % 32, quarter = lane % 4;
+  __device__ static void run(const Params& params, Shared& shared, const Place& place, Dots& dots, int thread) {
+    const int lane = thread % 32, quarter = lane % 4, group = thread / 128;
     const LogitScale logit(params.scale);
+    meet(group);  // the last tile's factors have been read
+    for (int column = thread % 128; column < kColumns; column += 128) {
+      const int j = place.column - 2 * quarter + column;
+      shared.col_factor[group][column] = j < place.columns ? params.col_factor[params.pairs.first_column + j] : 0.0f;
+    }
+    meet(group);
     float row_factor[2];
     bool careful_rows = false;
 #pragma unroll
@@ -72,8 +81,7 @@ struct GradsTile {
       bool careful = careful_rows;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int j = place.column + column_at(first, i);
-        col_factor[i] = j < place.columns ? params.col_factor[params.pairs.first_column + j] : 0.0f;
+        col_factor[i] = shared.col_factor[group][2 * quarter + column_at(first, i)];
         careful = careful || col_factor[i] == INFINITY;
       }
       // The whole warp takes one way: the exchange below needs all its lanes.

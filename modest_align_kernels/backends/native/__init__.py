@@ -31,7 +31,7 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
     if device.type == "cuda":
         if not _C.cuda:
             return "the CUDA kernels were not built: install with nvcc (CUDA 12.4 or newer) on the PATH"
-        if not _C.cuda_sm90a or torch.cuda.get_device_capability(device) != (9, 0):
+        if torch.cuda.get_device_capability(device) != (9, 0):
             return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
         if dtype is not None and computed_dtype(dtype, device) == torch.float32:
             return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
