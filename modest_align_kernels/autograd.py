@@ -80,7 +80,10 @@ def _excluded_sums(values: Tensor, ids: Tensor, receivers: Tensor, apart: Tensor
         apart: [B, 1], 1 where the two ids of a pair differ; None: nowhere.
     """
     rows = min(ids.shape[0], receivers.shape[0])
-    sums = values.new_zeros((rows + 1, values.shape[1])).index_add_(0, ids, values)[receivers]
+    sums = values.new_zeros((rows + 1, values.shape[1]))
+    # On a GPU index_add_ is made of atomics, whose order changes from run to run; this sorts the ids first.
+    sums = sums.index_put_((ids,), values, accumulate=True) if values.is_cuda else sums.index_add_(0, ids, values)
+    sums = sums[receivers]
     if apart is not None:
         sums[:rows].addcmul_(apart, values[:rows])
     return sums

@@ -139,7 +139,9 @@ def test_without_cutlass_the_cpu_part_is_built(monkeypatch: pytest.MonkeyPatch, 
     text = setup.ninja_file(tmp_path)
     assert ".cu" not in text
     assert "MODEST_ALIGN_CUDA" not in flags_of(text, "bindings.o")
-    assert "CUDA kernels are left out: CUTLASS's headers are not installed: pip install nvidia" in capsys.readouterr().err
+    assert (
+        "CUDA kernels are left out: CUTLASS's headers are not installed: pip install nvidia" in capsys.readouterr().err
+    )
     setup = load_setup(monkeypatch, MODEST_ALIGN_CUDA="1")
     monkeypatch.setattr(setup, "cutlass_include", lambda: None)
     with pytest.raises(SystemExit, match="MODEST_ALIGN_CUDA=1: CUTLASS's headers are not installed"):

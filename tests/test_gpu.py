@@ -71,7 +71,7 @@ def test_around_real_tiles(dtype: torch.dtype, rows: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("scale", [20.0, 100.0, 1e4])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (140, 256), (1409, 3080), (5000, 6000)])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (140, 256), (1409, 3080), (5000, 6000)])
 @pytest.mark.parametrize("workspace", [None, 2**20])
 def test_matmul_kernels_agree_with_eager_in_float64(
     workspace: int | None, rows: int, columns: int, scale: float, backend: str, monkeypatch
@@ -104,7 +104,8 @@ def test_matmul_kernels_agree_with_eager_in_float64(
         wide = (t.double() for t in (*lse, *weights))
         expected = ops.contrastive_grads(*exact, *wide, *excluded, **wanted, backend="eager")
         for value, truth in zip(got, expected, strict=True):
-            assert (value.double() - truth).norm() <= (1e-3 + 4e-7 * scale) * truth.norm() + 1e-12
+            assert truth.norm() > 1e-2  # with the negatives' own logsumexps G is large at any scale
+            assert (value.double() - truth).norm() <= (1e-3 + 4e-7 * scale) * truth.norm()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -124,12 +125,15 @@ def test_three_times_as_exact_as_the_plain_bfloat16_loss(scale: float, backend: 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs_repeat_bit_for_bit(backend: str) -> None:
     x, y = features(5000, 6000, 512)
+    ids = torch.arange(5000, device="cuda") // 7
 
-    def grads() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(modest_align_loss(x, y, 30.0, smoothing=0.1, backend=backend), (x, y))
+    def grads(group_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        loss = modest_align_loss(x, y, 30.0, smoothing=0.1, group_ids=group_ids, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y))
 
-    for first, second in zip(grads(), grads(), strict=True):
-        assert torch.equal(first, second)
+    for group_ids in (None, ids):
+        for first, second in zip(grads(group_ids), grads(group_ids), strict=True):
+            assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -205,12 +209,16 @@ def test_offsets_past_2_31_elements_of_an_operand(backend: str) -> None:
     assert columns * width > 2**31
     x, y = features(rows, columns, width)
     with torch.no_grad():
-        y[-1] = x[5]  # a hard negative in the very last row, which a wrapped offset would miss
+        # A hard negative in the very last row, which a wrapped offset would miss; with a part of its own, for what is
+        # parallel to the row is no gradient.
+        y[-1] = x[5] + y[-1] / 2
     loss = modest_align_loss(x, y, 50.0, symmetric=False, backend=backend)
-    (grad,) = torch.autograd.grad(loss, y)
+    (grad,) = torch.autograd.grad(2.0**15 * loss, y)
     expected = modest_align_loss(x, y, 50.0, symmetric=False, backend="eager")
+    (expected_grad,) = torch.autograd.grad(2.0**15 * expected, y)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
-    assert grad[-1].float().norm() > 100 * grad[-2].float().norm()
+    assert expected_grad[-1].float().norm() > 100 * expected_grad[-2].float().norm()
+    assert (grad[-1] - expected_grad[-1]).float().norm() <= 1e-2 * expected_grad[-1].float().norm()
 
 
 @pytest.mark.parametrize("backend", KERNELS)

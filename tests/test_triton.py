@@ -146,15 +146,27 @@ def test_even_blocks_cover_everything_without_a_tiny_tail(multiple: int) -> None
 @pytest.mark.parametrize("tile", [(1, 1), (32, 64), (256, 128)])
 @pytest.mark.parametrize("elements", [1, 64 * 64, grads.WORKSPACE_BYTES // 4, grads.WORKSPACE_BYTES // 2])
 def test_a_gradient_block_keeps_its_budget(elements: int, tile: tuple[int, int], rows: int, columns: int) -> None:
-    height, width = gradient_block(rows, columns, elements, *tile)
-    assert height % tile[0] == 0
-    assert width % tile[1] == 0
-    assert height * width <= max(elements, tile[0] * tile[1])
-    # none is larger than what it covers, up to whole tiles, and few make G: it is near square, or as long as a side
-    assert height <= round_up(rows, tile[0])
-    assert width <= round_up(columns, tile[1])
-    if elements >= 2**16 * tile[0] * tile[1]:
-        assert height * width >= min(elements, round_up(rows, tile[0]) * round_up(columns, tile[1])) / 4
+    for processors in (1, 132):
+        height, width = gradient_block(rows, columns, 512, elements, *tile, processors)
+        assert height % tile[0] == 0
+        assert width % tile[1] == 0
+        assert height * width <= max(elements, tile[0] * tile[1])
+        # none is larger than what it covers, up to whole tiles, and few make G: it is near square, or as long as a side
+        assert height <= round_up(rows, tile[0])
+        assert width <= round_up(columns, tile[1])
+        if elements >= 2**16 * tile[0] * tile[1]:
+            assert height * width >= min(elements, round_up(rows, tile[0]) * round_up(columns, tile[1])) / 5
+
+
+@pytest.mark.parametrize("width", [512, 768, 1024])
+@pytest.mark.parametrize("rows", [16_384, 32_768, 65_536, 262_144, 1_000_000])
+def test_products_of_a_gradient_block_fill_the_chip(rows: int, width: int) -> None:
+    # An even split at D = 512 gave 11,008 rows: 172 tiles on 132 processors, whose second wave was three quarters idle.
+    sides = gradient_block(rows, rows, width, 2**27, 256, 256, 132)
+    for size in sides:
+        tiles = -(-size // 128) * -(-width // 256)
+        assert tiles / (132 * -(-tiles // 132)) >= 0.85
+    assert max(sides) <= 4 * min(sides)
 
 
 def test_every_architecture_has_a_tile() -> None:

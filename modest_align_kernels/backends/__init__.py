@@ -81,14 +81,40 @@ def blocks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def gradient_block(rows: int, columns: int, elements: int, row_multiple: int, column_multiple: int) -> tuple[int, int]:
+def gradient_block(
+    rows: int,
+    columns: int,
+    width: int,
+    elements: int,
+    row_multiple: int,
+    column_multiple: int,
+    processors: int = 1,
+) -> tuple[int, int]:
     """Rows and columns of a block of G, in whole multiples, of at most ``elements`` unless a single one is larger.
 
-    Near square ones touch the float32 sums of both sides least often.
+    Near square ones touch the float32 sums of both sides least often. Of those the ones are taken whose products,
+    [block, width] in tiles of 128 x 256, keep the chip's ``processors`` at work until they end.
     """
     widest = max(math.isqrt(elements), elements // round_up(rows, row_multiple))
-    width = even_block(columns, widest, column_multiple)
-    return even_block(rows, elements // width, row_multiple), width
+    block_columns = _full_block(columns, widest, column_multiple, width, processors)
+    return _full_block(rows, elements // block_columns, row_multiple, width, processors), block_columns
+
+
+def processors_of(device: torch.device) -> int:
+    """The streaming multiprocessors of a GPU; 1 for anything else."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _full_block(total: int, largest: int, multiple: int, width: int, processors: int) -> int:
+    """An even block at most ``largest``, of which so many are taken that tiles come in the fewest waves in all."""
+    fewest = -(-total // even_block(total, largest, multiple))
+
+    def waves(size: int) -> int:
+        tiles = -(-size // 128) * -(-width // 256)
+        return -(-total // size) * -(-tiles // processors)
+
+    sizes = [round_up(-(-total // parts), multiple) for parts in range(fewest, 2 * fewest + 4)]
+    return min((size for size in sizes if size <= max(largest, multiple)), key=waves)
 
 
 def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: float = 1.0) -> None:

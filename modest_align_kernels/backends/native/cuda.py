@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels import _C
-from modest_align_kernels.backends import WORKSPACE_BYTES, accumulate_products, gradient_block
+from modest_align_kernels.backends import WORKSPACE_BYTES, accumulate_products, gradient_block, processors_of
 from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
 from modest_align_kernels.backends.native.arguments import arguments
 
@@ -68,5 +68,7 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
         of_g |= {"first_column": j.start, "block_columns": j.stop - j.start}
         _raise_on(_C.cuda_contrastive_g(**given, **of_g), "contrastive_g", given)
 
-    block = gradient_block(given["rows"], given["columns"], WORKSPACE_BYTES // 2, _ROW_MULTIPLE, _COLUMN_MULTIPLE)
+    shape = given["rows"], given["columns"], given["width"]
+    processors = processors_of(a.x_hat.device)
+    block = gradient_block(*shape, WORKSPACE_BYTES // 2, _ROW_MULTIPLE, _COLUMN_MULTIPLE, processors)
     accumulate_products(a, grad_x, grad_y, block, write_g)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modest_align_kernels.backends import WORKSPACE_BYTES, accumulate_products, gradient_block
+from modest_align_kernels.backends import WORKSPACE_BYTES, accumulate_products, gradient_block, processors_of
 from modest_align_kernels.backends.contract import Logits, Softmaxes
 from modest_align_kernels.backends.triton.logits import (
     HEADROOM,
@@ -113,7 +113,8 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     (rows, width), columns = x_hat.shape, y_hat.shape[0]
     tile = choose_tile(x_hat.device, x_hat.dtype)
     elements = WORKSPACE_BYTES // x_hat.element_size()
-    block = gradient_block(rows, columns, elements, tile.block_rows, tile.block_columns)
+    multiples = tile.block_rows, tile.block_columns
+    block = gradient_block(rows, columns, width, elements, *multiples, processors_of(x_hat.device))
 
     def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
         block_rows, block_columns = i.stop - i.start, j.stop - j.start
