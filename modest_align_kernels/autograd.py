@@ -127,22 +127,22 @@ class _Smoothing(NamedTuple):
         all_x, all_y = x_hat.sum(0, dtype=dtype), y_hat.sum(0, dtype=dtype)
         if row_ids is None or col_ids is None:
             row_mass, col_mass = float(columns > 1), float(options.symmetric and rows > 1)
-            row_weight, col_weight = row_mass / max(columns - 1, 1), col_mass / max(rows - 1, 1)
+            on_row, on_col = row_mass / max(columns - 1, 1), col_mass / max(rows - 1, 1)
             # The positive is in the sums over all, too.
-            numbers = row_weight, col_weight, row_mass + col_mass + row_weight + col_weight
-            row_weight_, col_weight_, pair_weight = (all_x.new_full((), number) for number in numbers)
+            numbers = on_row, on_col, row_mass + col_mass + on_row + on_col
+            row_weight, col_weight, pair_weight = (all_x.new_full((), number) for number in numbers)
             paired_y = all_y if paired is y_hat else paired.sum(0, dtype=dtype)
-            return cls(row_weight_, col_weight_, pair_weight, all_x, all_y, row_weight * all_x, col_weight * paired_y)
+            return cls(row_weight, col_weight, pair_weight, all_x, all_y, on_row * all_x, on_col * paired_y)
         one, paired_ids = all_x.new_ones((columns, 1)), col_ids[:rows]
         apart = None if options.paired_groups else (row_ids != paired_ids).to(dtype).unsqueeze(1)
         row_excluded = _excluded_sums(one, col_ids, row_ids, apart)
         col_excluded = row_excluded if apart is None else _excluded_sums(one[:rows], row_ids, paired_ids, apart)
         row_negatives, col_negatives = columns - row_excluded, rows - col_excluded
-        row_weight_ = torch.where(row_negatives > 0, row_negatives.reciprocal(), 0.0)
-        col_weight_ = torch.where(col_negatives > 0, col_negatives.reciprocal(), 0.0) * float(options.symmetric)
-        pair_weight = torch.cat((row_weight_, col_weight_), 1).sign().sum(1)
-        weighted_x, weighted_y = (row_weight_ * x_hat).sum(0), (col_weight_ * paired).sum(0)
-        return cls(row_weight_, col_weight_, pair_weight, all_x, all_y, weighted_x, weighted_y, apart)
+        row_weight = torch.where(row_negatives > 0, row_negatives.reciprocal(), 0.0)
+        col_weight = torch.where(col_negatives > 0, col_negatives.reciprocal(), 0.0) * float(options.symmetric)
+        pair_weight = torch.cat((row_weight, col_weight), 1).sign().sum(1)
+        weighted_x, weighted_y = (row_weight * x_hat).sum(0), (col_weight * paired).sum(0)
+        return cls(row_weight, col_weight, pair_weight, all_x, all_y, weighted_x, weighted_y, apart)
 
     def excluded_y(self, y_hat: Tensor, row_ids: Tensor, col_ids: Tensor) -> Tensor:
         """[B, D]: what the sums over all columns have too much for row i, by both directions' weights."""
