@@ -58,7 +58,8 @@ struct Workspace {
     Packed::take(for_g, e.panel, a.width / Operand::kPerWord);
     for_product.take<uint32_t>(kTileRows * e.depth);
     for_product.take<uint32_t>(round_up(a.width, kTileColumns) * e.depth);
-    worker_bytes = larger(for_g.next - static_cast<char*>(nullptr), for_product.next - static_cast<char*>(nullptr));
+    const char* const null = nullptr;
+    worker_bytes = staggered(larger(for_g.next - null, for_product.next - null));
     bytes = workers - base + a.threads * worker_bytes;
   }
 };

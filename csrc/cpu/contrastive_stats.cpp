@@ -45,7 +45,7 @@ struct Workspace {
     Arena worker{nullptr};
     Packed::take(worker, panel, steps);
     worker.take<Vec>(panel);
-    worker_bytes = worker.next - static_cast<char*>(nullptr);
+    worker_bytes = staggered(worker.next - static_cast<char*>(nullptr));
     bytes = workers - base + a.threads * worker_bytes;
   }
 };
