@@ -171,4 +171,10 @@ def test_products_of_a_gradient_block_fill_the_chip(rows: int, width: int) -> No
 
 def test_every_architecture_has_a_tile() -> None:
     for dtype in (torch.float16, torch.float32):
-        assert {capability for capability, known in tiles.TILES if known == dtype} == {80, 90, 100}
+        assert {capability for capability, known in tiles.TILES if known == dtype} == {80, 90, 100, 120}
+        chosen = {
+            capability: tiles.tile_of_capability(capability, dtype) for capability in (80, 86, 89, 90, 103, 110, 121)
+        }
+        assert chosen[86] == chosen[89] == chosen[80] == tiles.TILES[80, dtype]
+        assert chosen[103] == chosen[110] == tiles.TILES[100, dtype]
+        assert chosen[121] == tiles.TILES[120, dtype]

@@ -20,9 +20,12 @@ import pytest
 import torch
 
 # Dynamic shared memory that one program may use, in bytes (CUDA programming guide, technical specifications).
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {kind: 1024 * size for kind, size in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))}
+# What multiplies: tensor cores of one warp, of a warp group, or of a whole multiprocessor.
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 MATMULS = ("contrastive_stats_kernel", "contrastive_grads_kernel")
 ROWWISE = ("perturb_normalize_kernel", "perturb_normalize_backward_kernel")
+MERGE = "merge_kernel"
 
 
 def compile_all(jobs: list[list]) -> list[dict]:
@@ -53,8 +56,8 @@ def matmul_jobs(capabilities: tuple[int, ...]) -> list[list]:
     ]
 
 
-def rowwise_jobs(widths: tuple[int, ...]) -> list[list]:
-    return [[kernel, 90, "float16", width, False] for kernel in ROWWISE for width in widths]
+def rowwise_jobs(widths: tuple[int, ...], capability: int = 90) -> list[list]:
+    return [[kernel, capability, "float16", width, False] for kernel in ROWWISE for width in widths]
 
 
 def check(result: dict) -> None:
@@ -67,7 +70,7 @@ def check(result: dict) -> None:
     assert result["registers"] <= 255, what
     assert result["shared"] <= SHARED_MEMORY[result["capability"]], what
     if result["kernel"] in MATMULS:
-        instruction = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[result["capability"]]
+        instruction = TENSOR_CORES[result["capability"]]
         assert result["tensor_core"].get(instruction, 0) > 0, f"{what} has no {instruction}: {result['tensor_core']}"
 
 
@@ -79,9 +82,10 @@ def test_matmul_kernels(capability: int) -> None:
         check(result)
 
 
-@pytest.mark.slow
-def test_matmul_kernels_of_sm_80_on_sm_89() -> None:
-    for result in compile_all(matmul_jobs((89,))):
+@pytest.mark.parametrize("capability", [120, *(pytest.param(c, marks=pytest.mark.slow) for c in (86, 89))])
+def test_every_kernel_on_consumer_chips(capability: int) -> None:
+    jobs = [*matmul_jobs((capability,)), *rowwise_jobs((1024,), capability), [MERGE, capability, "float32", 0, False]]
+    for result in compile_all(jobs):
         check(result)
 
 
@@ -108,10 +112,10 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
     operands = {"x", "x_hat", "y_hat", "g", "pair_hat", "dx"}
     types = {"row_ids": "*i32", "col_ids": "*i32", "seed": "*i64", "gain": "fp32"}
     integers = {"rows", "first_row", "wave_rows", "block_rows", "columns", "first_col", "block_columns", "col_count"}
+    integers |= {"tiles", "length"}
     integers |= {"features", "width", "pairs", "stride", "row_stride", "noise_stream"}
     if kernel in MATMULS:
-        known = max(c for c, d in tiles.TILES if d == torch_dtype and c <= capability)
-        tile = tiles.TILES[known, torch_dtype]
+        tile = tiles.tile_of_capability(capability, torch_dtype)
         constants = {
             "BLOCK_ROWS": tile.block_rows,
             "BLOCK_COLUMNS": tile.block_columns,
@@ -123,6 +127,9 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         if not ids:
             constants |= {"row_ids": None, "col_ids": None}
         options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
+    elif kernel == MERGE:
+        constants = {"BLOCK": contrastive_stats._MERGE_BLOCK}
+        options, shape = {}, list(constants.values())
     else:
         block_rows, block_features, warps = perturb_normalize.row_blocks(width)
         constants = {"BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features}

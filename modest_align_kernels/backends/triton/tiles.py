@@ -30,8 +30,17 @@ TILES: dict[tuple[int, torch.dtype], Tile] = {
     (90, torch.float32): Tile(64, 128, 32, 8, 3),  # not yet measured
     (100, torch.float16): Tile(128, 64, 64, 8, 4),  # not yet measured
     (100, torch.float32): Tile(64, 128, 32, 8, 3),  # not yet measured
+    # GeForce and RTX PRO: the tensor cores of sm_80's kind, not those of sm_100, and 99 KiB of shared memory.
+    (120, torch.float16): Tile(128, 128, 32, 8, 4),  # not yet measured
+    (120, torch.float32): Tile(64, 64, 16, 4, 4),  # not yet measured
 }
 INTERPRETER_TILE = Tile(32, 64, 16, 1, 1)
+
+
+def tile_of_capability(capability: int, dtype: torch.dtype) -> Tile:
+    """The tile for a compute capability, such as 89, and operands of ``dtype``."""
+    known = [smallest for smallest, known_dtype in TILES if known_dtype == dtype]
+    return TILES[max(c for c in known if c <= max(capability, min(known))), dtype]
 
 
 def choose_tile(device: torch.device, dtype: torch.dtype) -> Tile:
@@ -41,8 +50,7 @@ def choose_tile(device: torch.device, dtype: torch.dtype) -> Tile:
     if torch.version.hip:
         return TILES[80, dtype]
     major, minor = torch.cuda.get_device_capability(device)
-    known = [capability for capability, known_dtype in TILES if known_dtype == dtype]
-    return TILES[max(c for c in known if c <= 10 * major + minor or c == 80), dtype]
+    return tile_of_capability(10 * major + minor, dtype)
 
 
 def input_precision(dtype: torch.dtype) -> str:
