@@ -51,7 +51,8 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
             return getattr(eager, name)
 
         def run(*arguments) -> None:
-            with simulator.allocations(*arguments[: -RESULTS[name]]):
+            flat = [a for argument in arguments for a in (argument if isinstance(argument, tuple) else (argument,))]
+            with simulator.allocations(*flat[: -RESULTS[name]]):
                 getattr(cuda, name)(*arguments)
 
         return run

@@ -33,8 +33,7 @@ LAUNCH_FAILED = 719  # cudaErrorLaunchFailure
 FOLDER = ROOT / "build" / "ptx_simulator"
 # setup.py's for the GPU's side; the host's need not be fast.
 _FLAGS = shlex.split(
-    "-std=c++17 -DNDEBUG --expt-relaxed-constexpr -w -Xcompiler=-fPIC,-fvisibility=hidden"
-    " -DMODEST_ALIGN_CUDA -DMODEST_ALIGN_SM90A"
+    "-std=c++17 -DNDEBUG --expt-relaxed-constexpr -w -Xcompiler=-fPIC,-fvisibility=hidden -DMODEST_ALIGN_CUDA"
 )
 _LAUNCH = ctypes.CFUNCTYPE(
     *(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_uint)),
