@@ -94,9 +94,12 @@ def steps_of(part: int, dry: bool = False) -> list[Step]:
             gates=tool == "memcheck",
         )
 
-    def benchmark(name: str, seconds: int, full: str, tiny: str, *providers: str) -> Step:
-        args = (tiny if dry else full).split()
-        return Step(name, seconds, (*python, "benchmarks", *args, "--output", "{out}", *providers))
+    def benchmark(name: str, seconds: int, args: str, output: str, *providers: str) -> Step:
+        if dry:
+            args = f"{args.split(' --dtypes')[0]} --rows 32 --features 16 --dtypes float32 --rounds 1"
+        return Step(
+            name, seconds, (*python, "benchmarks", *args.split(), "--output", output, "--providers", *providers)
+        )
 
     machine = Step("machine", 10, ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"), needs="nvidia-smi")
     build = Step("build", 60, (*python, "benchmarks.gpu_build", "{out}"), gates=False)
@@ -133,19 +136,17 @@ def steps_of(part: int, dry: bool = False) -> list[Step]:
             *(measure(f"clocks-{each}", 25, "clocks", "--backend", each) for each in BACKENDS),
             *(measure(f"profile-{each}", 35, "profile", "--backend", each, gates=False) for each in BACKENDS),
         ]
-    tiny = "--rows 32 --features 16 --dtypes float32 --rounds 1"
+    losses = "--only loss --dtypes bfloat16 --budget 80"
     return [
         machine,
         build,
         *(sanitize("memcheck", each, 55) for each in BACKENDS),
         *(sanitize("racecheck", each, 35) for each in BACKENDS),
-        # Without native, whose failure would take the peers' numbers along; it has its own rounds after them.
-        benchmark(
-            *("losses", 125, "--only loss --dtypes bfloat16 --budget 85", tiny),
-            *("--providers", *(("(eager)", "open_clip") if dry else PEERS)),
-        ),
-        measure("versus", 35, "versus"),
-        benchmark("step", 25, "--only step", f"{tiny} --only step"),
+        # Native, whose failure would take the peers' numbers along, has rounds with Triton after them.
+        benchmark("losses", 120, losses, "{out}", *(("(eager)", "open_clip") if dry else PEERS)),
+        measure("versus", 30, "versus"),
+        benchmark("step-triton", 20, "--only step", "{out}", "(triton)"),
+        benchmark("step-native", 20, "--only step", "{result}", "(native)"),
         *(measure(f"groups-{each}", 20, "groups", "--backend", each) for each in BACKENDS),
     ]
 
