@@ -72,10 +72,12 @@ def run_workload(workload: Workload, providers: list[Provider], run: Run) -> Res
             or (workload.peers == "fast" and not provider.slow)
         ]
         return {"results": losses.measure(workload, invited, run)}
+    named = {provider.key.backend for provider in providers if provider.key.ours}
+    ours = [backend for backend in operations.measured_backends(run.device) if backend in named]
     if workload.kind == "step":
-        return {"results": step.measure(workload, run)}
+        return {"results": step.measure(workload, run, ours)}
     sizes = operations.element_bytes(workload, run.device)
-    return {**sizes, "results": operations.measure(workload, run)}
+    return {**sizes, "results": operations.measure(workload, run, ours)}
 
 
 def parse(args: list[str] | None, device: str) -> argparse.Namespace:

@@ -89,8 +89,8 @@ def tasks_of(backend: str, x: Tensor, y: Tensor, scale: Tensor) -> dict[str, Cal
     }
 
 
-def measure(workload: Workload, run: Run) -> dict[Key, Result]:
-    """The four functions of every backend that runs here, each with "seconds", and so their floors.
+def measure(workload: Workload, run: Run, chosen: list[str] | None = None) -> dict[Key, Result]:
+    """The four functions of every backend that runs here, or of ``chosen``, each with "seconds", and so their floors.
 
     The floor of ``contrastive_stats`` is one matmul of the shape and ``contrastive_grads``'s is three; the others' is a
     copy of the bytes that they must move.
@@ -101,7 +101,7 @@ def measure(workload: Workload, run: Run) -> dict[Key, Result]:
     tasks: dict[Key, Task] = {}
     expected: dict[str, tuple[Tensor, ...]] = {}
     results: dict[Key, Result] = {}
-    for backend in measured_backends(device):
+    for backend in measured_backends(device) if chosen is None else chosen:
         run.progress(backend)
         try:
             mine = tasks_of(backend, x, y, scale)

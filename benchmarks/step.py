@@ -62,8 +62,12 @@ def make_step(key: Key, image: Tensor, text: Tensor, features: int) -> Task:
     return partial(training_step, aligner, optimizer, image, text, None, settings)
 
 
-def measure(workload: Workload, run: Run) -> dict[Key, Result]:
-    """The step with no loss, the plain one and each backend's: "seconds" and "peak_extra_mib" of the whole step."""
+def measure(workload: Workload, run: Run, chosen: list[str] | None = None) -> dict[Key, Result]:
+    """The step with no loss, the plain one and each backend's, or those of ``chosen``.
+
+    Returns:
+        "seconds" and "peak_extra_mib" of the whole step.
+    """
     generator = torch.Generator(run.device).manual_seed(0)
     image, text = (
         F.normalize(torch.randn(workload.rows, features, generator=generator, device=run.device), dim=1)
@@ -72,7 +76,8 @@ def measure(workload: Workload, run: Run) -> dict[Key, Result]:
     tasks: dict[Key, Task] = {}
     results: dict[Key, Result] = {}
     values: dict[Key, float] = {}
-    for key in (*MODULES, *(Key("ours", backend) for backend in measured_backends(run.device))):
+    backends = measured_backends(run.device) if chosen is None else chosen
+    for key in (*MODULES, *(Key("ours", backend) for backend in backends)):
         run.progress(str(key))
         too_large = why_too_large(PLAIN_PROVIDER, workload, run) if key == PLAIN else None
         if too_large is not None:
