@@ -112,6 +112,23 @@ def test_noise_is_the_references(relative: bool, rtol: float) -> None:
     assert ((x_hat.double()[:, :50] - truth).norm(dim=1) <= rtol).all()
 
 
+@pytest.mark.parametrize("tiles_merged", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 33])
+def test_merge(tiles_merged: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(tiles_merged)
+    partial, lse = (300 * torch.randn(*shape, generator=generator) for shape in ((tiles_merged, length), (length,)))
+    partial[:: tiles_merged // 2 + 1] = -math.inf
+    lse[::3] = -math.inf
+    if length > 1:  # nothing at all, and a NaN that is no maximum
+        partial[:, 3], partial[tiles_merged // 3, 4] = -math.inf, math.nan
+    expected = torch.cat([partial.double() * math.log(2), lse.double()[None]]).logsumexp(0)
+    results = [lse.clone().to(DEVICE) for _ in range(2)]
+    for result in results:
+        stats._merge(partial.to(DEVICE), result)
+    assert torch.equal(results[0].view(torch.int32), results[1].view(torch.int32))
+    torch.testing.assert_close(results[0].cpu().double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
 def test_nan_survives_the_waves(monkeypatch) -> None:
     # The columns' sums of the first wave are NaN: merging the later waves must not lose that.
     monkeypatch.setattr(stats, "WORKSPACE_BYTES", 1)

@@ -32,7 +32,8 @@ _SMALLEST_SUM = tl.constexpr(2.0**SMALLEST_LOG2_SUM)
 # Up to this shift no exponential is subnormal: the smallest is 2^-(HEADROOM + 2 shift).
 _LOSSLESS_SHIFT = tl.constexpr((126 - HEADROOM.value) / 2)
 _LN2 = tl.constexpr(math.log(2))
-_MERGE_BLOCK = 128
+# A program's block of partial sums: 128 bytes of each of so many tiles. Not yet measured.
+_MERGE_TILES, _MERGE_BLOCK = 64, 32
 
 
 @triton.jit
@@ -120,22 +121,27 @@ def merge_kernel(
     lse,  # float32 [length], natural logarithm, merged into
     tiles,
     length,
+    BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge partial sums into ``lse``, in the order of the tiles."""
+    """Merge partial sums into ``lse``: those of every BLOCK_TILES-th tile in order, then these sums in a fixed one."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    log2 = tl.load(lse + place, mask=inside, other=0.0) * LOG2E
-    maximum = tl.maximum(log2, -HUGE)
-    total = tl.exp2(log2 - maximum)  # a NaN of an earlier wave stays one
-    partial += place
-    for _ in range(0, tiles):
-        log2 = tl.load(partial, mask=inside, other=0.0)
+    inside, in_tiles = place < length, tl.arange(0, BLOCK_TILES)
+    # Each element keeps a sum of its own until the end: loads of a whole block are under way at once.
+    maximum = tl.full((BLOCK_TILES, BLOCK), -HUGE, dtype=tl.float32)
+    total = tl.zeros((BLOCK_TILES, BLOCK), dtype=tl.float32)
+    block = partial + (in_tiles.to(tl.int64)[:, None] * length + place[None, :])
+    for first in range(0, tiles, BLOCK_TILES):
+        exists = (in_tiles < tiles - first)[:, None] & inside[None, :]
+        log2 = tl.load(block, mask=exists, other=-float("inf"))
         larger = tl.maximum(maximum, log2)
-        total = total * tl.exp2(maximum - larger) + tl.exp2(log2 - larger)
+        total = total * tl.exp2(maximum - larger) + tl.exp2(log2 - larger)  # a NaN stays one
         maximum = larger
-        partial += length
-    tl.store(lse + place, (maximum + tl.log2(total)) * _LN2, mask=inside)
+        block += BLOCK_TILES * length.to(tl.int64)
+    earlier = tl.load(lse + place, mask=inside, other=0.0) * LOG2E
+    largest = tl.maximum(tl.max(maximum, 0), earlier)
+    merged = tl.sum(total * tl.exp2(maximum - largest[None, :]), 0) + tl.exp2(earlier - largest)
+    tl.store(lse + place, (largest + tl.log2(merged)) * _LN2, mask=inside)
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
@@ -181,4 +187,5 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
 
 def _merge(partial: Tensor, lse: Tensor) -> None:
     tiles, length = partial.shape
-    merge_kernel[(triton.cdiv(length, _MERGE_BLOCK),)](partial, lse, tiles, length, BLOCK=_MERGE_BLOCK)
+    grid = (triton.cdiv(length, _MERGE_BLOCK),)
+    merge_kernel[grid](partial, lse, tiles, length, BLOCK_TILES=_MERGE_TILES, BLOCK=_MERGE_BLOCK)
