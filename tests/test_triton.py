@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modest_align_kernels import available_backends, modest_align_loss, ops, reference
-from modest_align_kernels.backends import blocks, even_block, gradient_block, round_up
+from modest_align_kernels.backends import HEADROOM, LOG2E, blocks, even_block, gradient_block, round_up
 from modest_align_kernels.noise import TEXTS, random_bits
 from modest_align_kernels.testing import Case, assert_within_budget, make_features, poisoned_memory, value_and_grads
 
@@ -19,6 +19,7 @@ if (reason := available_backends(DEVICE)["triton"]) is not None:
 
 stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
+logits = import_module("modest_align_kernels.backends.triton.logits")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
 tiles = import_module("modest_align_kernels.backends.triton.tiles")
 
@@ -65,6 +66,43 @@ def test_several_waves(monkeypatch, scale: float, symmetric: bool) -> None:
 def test_tiles_whose_exponentials_vanish(scale: float, geometry: str) -> None:
     case = Case("vanishing", 70, 70, 24, scale=scale, geometry=geometry)
     assert_within_budget(triton_loss, case, torch.float32, DEVICE)
+
+
+def test_softmax_factors() -> None:
+    scale, tile = torch.tensor(100.0, device=DEVICE), tiles.Tile(32, 64, 16, 1, 1)
+    row_lse, col_lse = torch.full((70,), 90.0), torch.linspace(-20, 105, 50)
+    row_lse[:2] = torch.tensor([-math.inf, math.nan])
+    row_lse[33], row_lse[65] = -24.7, -24.8  # 80 binades below the shift are -24.77
+    softmaxes = [row_lse, col_lse, *(2 * torch.rand(n) - 1 for n in (70, 50))]
+    factors = grads.softmax_factors(scale, [t.to(DEVICE) for t in softmaxes], 140, 1024.0, tile)
+    row_factor, col_factor, row_careful, col_careful = (t.cpu() for t in factors)
+    assert row_careful.tolist() == [0, 0, 1]
+    assert col_careful.tolist() == [0, 0, 0]
+    shift = 100 * LOG2E - HEADROOM
+    for factor, lse, weight in ((row_factor, *softmaxes[::2]), (col_factor, *softmaxes[1::2])):
+        expected = 1024 * weight.double() * torch.exp2(shift - LOG2E * lse.double())
+        expected[lse == -math.inf] = 0.0
+        torch.testing.assert_close(factor[: len(lse)].double(), expected, rtol=2e-5, atol=0, equal_nan=True)
+        assert not factor[len(lse) :].any()
+    assert [len(row_factor), len(col_factor)] == [96, 192]
+
+
+def test_tiles_with_and_without_care(monkeypatch) -> None:
+    # At this scale the best of a row's cosines decides: some tiles take one exponential an element, some two.
+    results, factors = [], grads.softmax_factors
+    monkeypatch.setattr(grads, "softmax_factors", lambda *args: results.append(factors(*args)) or results[-1])
+    case = Case("some careful", 100, 170, 24, scale=195.0)
+    assert_within_budget(triton_loss, case, torch.float32, DEVICE)
+    for careful in results[0][2:]:
+        assert set(careful.tolist()) == {0, 1}
+
+
+def test_ids_bounds() -> None:
+    row_ids, col_ids = (torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int32, device=DEVICE) for n in (70, 140))
+    bounds = logits.ids_bounds(row_ids, col_ids, tiles.Tile(32, 64, 16, 1, 1))
+    for result, ids, size in zip(bounds, (row_ids, col_ids), (32, 64), strict=True):
+        assert result.tolist() == [[int(part.min()), int(part.max())] for part in ids.split(size)]
+    assert logits.ids_bounds(None, None, tiles.INTERPRETER_TILE) == (None, None)
 
 
 @pytest.mark.parametrize("features", [1, 3, 8, 40, 1000, 4096])

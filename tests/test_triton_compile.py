@@ -106,7 +106,8 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
     torch_dtype = getattr(torch, dtype)
     operand = "*fp16" if dtype == "float16" else "*fp32"
     operands = {"x", "x_hat", "y_hat", "g", "pair_hat", "dx"}
-    types = {"row_ids": "*i32", "col_ids": "*i32", "seed": "*i64", "gain": "fp32"}
+    types = {f"{side}_{what}": "*i32" for side in ("row", "col") for what in ("ids", "bounds", "careful")}
+    types |= {"seed": "*i64", "gain": "fp32"}
     integers = {"rows", "first_row", "wave_rows", "block_rows", "columns", "first_col", "block_columns", "col_count"}
     integers |= {"features", "width", "pairs", "stride", "row_stride", "noise_stream"}
     if kernel in MATMULS:
@@ -121,7 +122,7 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
             "DIAGONAL": True,
         }
         if not ids:
-            constants |= {"row_ids": None, "col_ids": None}
+            constants |= {f"{side}_{what}": None for side in ("row", "col") for what in ("ids", "bounds")}
         options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
     else:
         block_rows, block_features, warps = perturb_normalize.row_blocks(width)
@@ -155,6 +156,8 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     instructions = re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)
+    before_exponentials = code.split("MUFU.EX2")[0]
+    epilogue = re.split(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", before_exponentials)[-1]
     return {
         "triton": [int(part) for part in triton.__version__.split(".")[:2]],
         "kernel": kernel,
@@ -166,6 +169,8 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         "spilled": int(stack),
         "shared": compiled.metadata.shared,
         "tensor_core": {name: instructions.count(name) for name in sorted(set(instructions))},
+        "barriers": len(re.findall(r"\bBAR\.(?:SYNC|RED)", code)),
+        "epilogue_loads": len(re.findall(r"\bLDG\b", epilogue)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", code)),
     }
 
@@ -175,8 +180,9 @@ if __name__ == "__main__":
         print(json.dumps([compile_one(*job) for job in json.loads(sys.argv[1])]))
     else:
         print(
-            "| kernel | sm | operands | ids | tile | registers | spilled | shared, KiB | tensor core |\n"
-            + "|---" * 9
+            "| kernel | sm | operands | ids | tile | registers | spilled | shared, KiB | tensor core "
+            + "| barriers | loads before exp2 |\n"
+            + "|---" * 11
             + "|"
         )
         for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,))):
@@ -184,5 +190,5 @@ if __name__ == "__main__":
             print(
                 f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {'yes' if r['ids'] else 'no'} "
                 f"| {' x '.join(map(str, r['tile']))} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} "
-                f"| {cores} |"
+                f"| {cores} | {r['barriers']} | {r['epilogue_loads']} |"
             )

@@ -132,6 +132,11 @@ def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: flo
         out.add_(product, alpha=alpha)
 
 
+def gain_of(dtype: torch.dtype) -> float:
+    """What G is multiplied by while it is of ``dtype``."""
+    return FP16_GAIN if dtype == torch.float16 else 1.0
+
+
 def accumulate_products(
     a: Logits,
     grad_x: Tensor,
@@ -150,7 +155,7 @@ def accumulate_products(
             first rows and columns it writes G, and the gain to multiply G by.
     """
     x_hat, y_hat = a.x_hat, a.y_hat
-    gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
+    gain = gain_of(x_hat.dtype)
     g = torch.empty(block, dtype=x_hat.dtype, device=x_hat.device)
     for i in blocks(x_hat.shape[0], block[0]):
         for j in blocks(y_hat.shape[0], block[1]):

@@ -23,6 +23,7 @@ from modest_align_kernels.backends.triton.logits import (
     dot_tile,
     exclude,
     existing,
+    ids_bounds,
     ids_meet,
     tile_of_program,
 )
@@ -52,9 +53,11 @@ def contrastive_stats_kernel(
     scale,  # float32, one element
     row_ids,  # int32 [B], read with IDS only
     col_ids,  # int32 [columns], likewise
+    row_bounds,  # int32 [tiles of B, 2], likewise: of the ids of each
+    col_bounds,  # int32 [tiles of columns, 2], likewise
     row_partial,  # float32 [tiles of columns, wave_rows]
     col_partial,  # float32 [tiles of wave_rows, col_count]
-    first_row,
+    first_row,  # of the wave, that of a tile
     wave_rows,
     columns,
     col_count,  # columns with a logsumexp of their own
@@ -73,7 +76,7 @@ def contrastive_stats_kernel(
     rows_left, columns_left = wave_rows - wave_row0, columns - col0
     row, col = existing(rows_left, BLOCK_ROWS), existing(columns_left, BLOCK_COLUMNS)
     x_tile, y_tile = x_hat + row0.to(tl.int64) * width, y_hat + col0.to(tl.int64) * width
-    meet = ids_meet(row_ids, col_ids, row0 + row, col0 + col, IDS)
+    meet = ids_meet(row_bounds, col_bounds, row0 // BLOCK_ROWS, tile_col, IDS)
     k = tl.load(scale) * LOG2E
 
     # One shift for the whole tile leaves HEADROOM binades above it, and sums, and 126 below it.
@@ -94,21 +97,22 @@ def contrastive_stats_kernel(
     # Past scale 78 a row's exponentials may all vanish: then its tile is computed again with maxima of its own.
     in_rows, in_columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
     row_inside, col_inside = in_rows < rows_left, in_columns < columns_left
-    smallest = tl.minimum(tl.min(tl.where(row_inside, row_sum, 1.0)), tl.min(tl.where(col_inside, col_sum, 1.0)))
-    if (shift > _LOSSLESS_SHIFT) & (smallest < _SMALLEST_SUM):
-        s = dot_tile(
-            x_tile, y_tile, row, col, width,
-            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,
-        )  # fmt: skip
-        s = exclude(
-            s * k, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,
-            -float("inf"), IDS, DIAGONAL, BLOCK_ROWS, BLOCK_COLUMNS,
-        )  # fmt: skip
-        s = _crop(s, rows_left, columns_left, BLOCK_ROWS, BLOCK_COLUMNS)
-        row_max = tl.maximum(tl.max(s, 1), -HUGE)
-        row_log2 = tl.log2(tl.sum(tl.exp2(s - row_max[:, None]), 1)) + row_max
-        col_max = tl.maximum(tl.max(s, 0), -HUGE)
-        col_log2 = tl.log2(tl.sum(tl.exp2(s - col_max[None, :]), 0)) + col_max
+    if shift > _LOSSLESS_SHIFT:
+        smallest = tl.minimum(tl.min(tl.where(row_inside, row_sum, 1.0)), tl.min(tl.where(col_inside, col_sum, 1.0)))
+        if smallest < _SMALLEST_SUM:
+            s = dot_tile(
+                x_tile, y_tile, row, col, width,
+                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,
+            )  # fmt: skip
+            s = exclude(
+                s * k, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,
+                -float("inf"), IDS, DIAGONAL, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
+            s = _crop(s, rows_left, columns_left, BLOCK_ROWS, BLOCK_COLUMNS)
+            row_max = tl.maximum(tl.max(s, 1), -HUGE)
+            row_log2 = tl.log2(tl.sum(tl.exp2(s - row_max[:, None]), 1)) + row_max
+            col_max = tl.maximum(tl.max(s, 0), -HUGE)
+            col_log2 = tl.log2(tl.sum(tl.exp2(s - col_max[None, :]), 0)) + col_max
 
     tl.store(row_partial + tile_col.to(tl.int64) * wave_rows + wave_row0 + in_rows, row_log2, mask=row_inside)
     col_place = tile_row.to(tl.int64) * col_count + col0 + in_columns
@@ -150,6 +154,7 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     (rows, width), columns, col_count = x_hat.shape, y_hat.shape[0], len(col_lse)
     tile = choose_tile(x_hat.device, x_hat.dtype)
     tiles_of_columns = triton.cdiv(columns, tile.block_columns)
+    row_bounds, col_bounds = ids_bounds(row_ids, col_ids, tile)
     bytes_per_row = 4 * (tiles_of_columns + triton.cdiv(col_count, tile.block_rows))
     row_lse.fill_(-torch.inf)
     col_lse.fill_(-torch.inf)
@@ -164,6 +169,8 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
             scale,
             row_ids,
             col_ids,
+            row_bounds,
+            col_bounds,
             row_partial,
             col_partial,
             i.start,
