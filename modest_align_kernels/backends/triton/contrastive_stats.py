@@ -131,11 +131,11 @@ def merge_kernel(
     """Merge partial sums into ``lse``: those of every BLOCK_TILES-th tile in order, then these sums in a fixed one."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tiles = place < length, tl.arange(0, BLOCK_TILES)
-    # Each element keeps a sum of its own until the end: loads of a whole block are under way at once.
+    # Each element keeps a sum of its own until the end, so that blocks are copied ahead and nothing waits for a sum.
     maximum = tl.full((BLOCK_TILES, BLOCK), -HUGE, dtype=tl.float32)
     total = tl.zeros((BLOCK_TILES, BLOCK), dtype=tl.float32)
     block = partial + (in_tiles.to(tl.int64)[:, None] * length + place[None, :])
-    for first in range(0, tiles, BLOCK_TILES):
+    for first in tl.range(0, tiles, BLOCK_TILES, num_stages=3):
         exists = (in_tiles < tiles - first)[:, None] & inside[None, :]
         log2 = tl.load(block, mask=exists, other=-float("inf"))
         larger = tl.maximum(maximum, log2)
@@ -195,4 +195,4 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
 def _merge(partial: Tensor, lse: Tensor) -> None:
     tiles, length = partial.shape
     grid = (triton.cdiv(length, _MERGE_BLOCK),)
-    merge_kernel[grid](partial, lse, tiles, length, BLOCK_TILES=_MERGE_TILES, BLOCK=_MERGE_BLOCK)
+    merge_kernel[grid](partial, lse, tiles, length, BLOCK_TILES=_MERGE_TILES, BLOCK=_MERGE_BLOCK, num_warps=8)
