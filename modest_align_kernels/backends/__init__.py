@@ -6,6 +6,8 @@ What the operators compute is the docstrings of :mod:`modest_align_kernels.backe
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,8 +22,17 @@ MIN_NORM = 1e-12
 HEADROOM = 100.0
 # A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.
 SMALLEST_LOG2_SUM = -80.0
+
+
+def _workspace_bytes() -> int:
+    mib = os.environ.get("MODEST_ALIGN_WORKSPACE_MIB") or "256"
+    if not re.fullmatch("[0-9]{1,5}", mib) or not 1 <= int(mib) <= 65536:
+        raise ValueError(f"MODEST_ALIGN_WORKSPACE_MIB: got {mib!r}, want an integer from 1 to 65536")
+    return int(mib) * 2**20
+
+
 # What a backend may hold at once beyond its results: partial sums, or a block of G.
-WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
 # Normalisation on a GPU holds whole rows in registers.
