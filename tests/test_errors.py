@@ -108,3 +108,12 @@ def test_workspace_of_the_environment(monkeypatch) -> None:
         monkeypatch.setenv("MODEST_ALIGN_WORKSPACE_MIB", mib)
         with pytest.raises(ValueError, match=r"MODEST_ALIGN_WORKSPACE_MIB: got '.*', want an integer from 1 to 65536"):
             backends._workspace_bytes()
+
+
+def test_experiment_of_the_environment(monkeypatch) -> None:
+    for name, experiment in (("", None), ("triton-persistent", "triton-persistent")):
+        monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", name)
+        assert backends._experiment() == experiment
+    monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "persistent")
+    with pytest.raises(ValueError, match="MODEST_ALIGN_EXPERIMENT: got 'persistent', want triton-persistent"):
+        backends._experiment()

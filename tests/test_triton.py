@@ -10,6 +10,7 @@ import torch
 
 from modest_align_kernels import available_backends, modest_align_loss, ops, reference
 from modest_align_kernels.backends import HEADROOM, LOG2E, blocks, even_block, gradient_block, round_up
+from modest_align_kernels.backends.contract import Logits, Softmaxes
 from modest_align_kernels.noise import TEXTS, random_bits
 from modest_align_kernels.testing import Case, assert_within_budget, make_features, poisoned_memory, value_and_grads
 
@@ -20,6 +21,7 @@ if (reason := available_backends(DEVICE)["triton"]) is not None:
 stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
 logits = import_module("modest_align_kernels.backends.triton.logits")
+persistent = import_module("modest_align_kernels.backends.triton.persistent")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
 tiles = import_module("modest_align_kernels.backends.triton.tiles")
 
@@ -95,6 +97,28 @@ def test_tiles_with_and_without_care(monkeypatch) -> None:
     assert_within_budget(triton_loss, case, torch.float32, DEVICE)
     for careful in results[0][2:]:
         assert set(careful.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("scale", [14.3, 195.0, 1000.0])
+@pytest.mark.parametrize("groups", [0, 9])
+def test_persistent_experiment(monkeypatch, groups: int, scale: float) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper GPUs alone")
+    monkeypatch.setattr(persistent, "WORKSPACE_BYTES", 64 * 64 * 2)
+    x, y = make_features(Case("", 100, 170, 24), torch.float32, DEVICE)
+    x_hat, y_hat = (perturb_normalize(t, dtype=torch.float16)[0] for t in (x, y))
+    ids = (torch.arange(100), torch.arange(170)) if groups else ()
+    row_ids, col_ids = (i.to(DEVICE).int() // groups for i in ids) if groups else (None, None)
+    for diagonal, col_count in ((False, 100), (True, 40)):
+        a = Logits(x_hat, y_hat, torch.tensor(scale, device=DEVICE), row_ids, col_ids, diagonal)
+        lse = ops.contrastive_stats(*a, col_count=col_count, backend="triton")
+        softmaxes = Softmaxes(*lse, *(2 * torch.rand(n, device=DEVICE) - 1 for n in (100, col_count)))
+        expected, results = ([torch.full(t.shape, math.nan, device=DEVICE) for t in (x_hat, y_hat)] for _ in range(2))
+        grads.contrastive_grads(a, softmaxes, *expected)
+        with poisoned_memory():
+            persistent.contrastive_grads(a, softmaxes, *results)
+        for result, correct in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, correct, rtol=0, atol=2e-3 * float(correct.abs().max()))
 
 
 def test_ids_bounds() -> None:

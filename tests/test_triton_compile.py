@@ -24,6 +24,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATMULS = ("contrastive_stats_kernel", "contrastive_grads_kernel")
 ROWWISE = ("perturb_normalize_kernel", "perturb_normalize_backward_kernel")
 SMALL = ("merge_kernel", "ids_bounds_kernel", "softmax_factors_kernel")
+PERSISTENT = ("persistent_grads_kernel", "rare_grads_kernel")
 # At most so many barriers, and loads from the tensor cores' last instruction to the first exponential, on sm_90 with
 # Triton 3.6 to 3.9. In the order of the code, where a rare way may come first: it is the gradients' 50.
 BARRIERS_AND_LOADS = {
@@ -114,6 +115,15 @@ def test_small_kernels() -> None:
     assert results["merge_kernel"]["copies"] == 3 * 8
 
 
+@pytest.mark.parametrize("ids", [False, True])
+def test_persistent_experiment(ids: bool) -> None:
+    results = compile_all([[kernel, 90, "float16", 0, ids] for kernel in PERSISTENT])
+    assert [result["specialized"] for result in results] == [True, False]
+    for result in results:
+        check(result)
+        assert result["tensor_core"]["HGMMA"] > 0
+
+
 # What follows runs in the processes that compile.
 
 
@@ -126,11 +136,12 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         contrastive_grads,
         contrastive_stats,
         logits,
+        persistent,
         perturb_normalize,
         tiles,
     )
 
-    modules = (contrastive_grads, contrastive_stats, perturb_normalize, logits)
+    modules = (contrastive_grads, contrastive_stats, perturb_normalize, logits, persistent)
     function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
     torch_dtype = getattr(torch, dtype)
     operand = "*fp16" if dtype == "float16" else "*fp32"
@@ -153,6 +164,21 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         if not ids:
             constants |= {f"{side}_{what}": None for side in ("row", "col") for what in ("ids", "bounds")}
         options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
+    elif kernel in PERSISTENT:
+        tile = persistent.TILE
+        constants = {
+            "IDS": ids,
+            "BLOCK_ROWS": tile.block_rows,
+            "BLOCK_COLUMNS": tile.block_columns,
+            "BLOCK_FEATURES": tile.block_features,
+        }
+        options, shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, list(tile)
+        if kernel == "rare_grads_kernel":
+            constants |= {"BLOCK_COLUMNS": tile.block_columns // 2, "TILE_COLUMNS": tile.block_columns}
+            options["num_warps"] = persistent._RARE_WARPS
+        if not ids:
+            constants |= {f"{side}_{what}": None for side in ("row", "col") for what in ("ids", "bounds")}
+        constants = {name: value for name, value in constants.items() if name in function.arg_names}
     elif kernel == "merge_kernel":
         constants = {"BLOCK_TILES": contrastive_stats._MERGE_TILES, "BLOCK": contrastive_stats._MERGE_BLOCK}
         options, shape = {"num_warps": 8}, [*constants.values(), 8]
@@ -204,6 +230,7 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         "registers": int(registers),
         "spilled": int(stack),
         "shared": compiled.metadata.shared,
+        "specialized": "ttg.warp_specialize" in compiled.asm["ttgir"],
         "tensor_core": {name: instructions.count(name) for name in sorted(set(instructions))},
         "barriers": len(re.findall(r"\bBAR\.(?:SYNC|RED)", code)),
         "epilogue_loads": len(re.findall(r"\bLDG\b", epilogue)),

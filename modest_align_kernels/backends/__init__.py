@@ -31,6 +31,15 @@ def _workspace_bytes() -> int:
     return int(mib) * 2**20
 
 
+def _experiment() -> str | None:
+    name = os.environ.get("MODEST_ALIGN_EXPERIMENT") or None
+    if name not in (None, "triton-persistent"):
+        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want triton-persistent")
+    return name
+
+
+# What is tried instead of what is there.
+EXPERIMENT = _experiment()
 # What a backend may hold at once beyond its results: partial sums, or a block of G.
 WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.

@@ -38,7 +38,7 @@ _FARTHEST = tl.constexpr(-SMALLEST_LOG2_SUM)
 
 
 @triton.jit
-def _shift(k):
+def shift_of(k):
     """What all logits have subtracted: HEADROOM binades stay above it."""
     return tl.maximum(k - HEADROOM, 0.0)
 
@@ -72,7 +72,7 @@ def softmax_factors_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """One tile's weight * gain * 2^(shift - lse): with it one exponential serves a row's and a column's softmax."""
-    shift = _shift(tl.load(scale) * LOG2E)
+    shift = shift_of(tl.load(scale) * LOG2E)
     tile, tiles_of_rows = tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS)
     if tile < tiles_of_rows:
         _softmax_factors(row_lse, row_weight, row_factor, row_careful, shift, gain, rows, tile, BLOCK_ROWS)
@@ -82,7 +82,7 @@ def softmax_factors_kernel(
 
 
 @triton.jit
-def _softmax_log2(lse):
+def softmax_log2(lse):
     """``lse`` in units of log2, so large that the softmax is 0 where nothing takes part."""
     return tl.where(lse == -float("inf"), HUGE, lse * LOG2E)
 
@@ -139,11 +139,11 @@ def contrastive_grads_kernel(
     in_rows, in_columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
     if careful == 0:
         row_gain, col_gain = tl.load(row_factor + row0 + in_rows), tl.load(col_factor + col0 + in_columns)
-        values = tl.exp2(s - _shift(k)) * (row_gain[:, None] + col_gain[None, :])
+        values = tl.exp2(s - shift_of(k)) * (row_gain[:, None] + col_gain[None, :])
     else:
         has_softmax = in_columns < tl.minimum(columns_left, col_count - col0)
-        row_log2 = _softmax_log2(tl.load(row_lse + row0 + row))
-        col_log2 = _softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
+        row_log2 = softmax_log2(tl.load(row_lse + row0 + row))
+        col_log2 = softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
         row_gain = tl.load(row_weight + row0 + row) * gain
         col_gain = tl.load(col_weight + col0 + in_columns, mask=has_softmax, other=0.0) * gain
         values = tl.exp2(s - row_log2[:, None]) * row_gain[:, None]

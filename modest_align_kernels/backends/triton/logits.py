@@ -16,15 +16,20 @@ HUGE = tl.constexpr(1e30)
 
 
 @triton.jit
-def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Tile (row, column) of a program: eight tiles of rows sweep the columns together, so that L2 serves both."""
+def place_of_tile(tile, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Tile (row, column), the ``tile``th: eight tiles of rows sweep the columns together, so that L2 serves both."""
     GROUP: tl.constexpr = 8
     tiles_of_rows = tl.cdiv(rows, BLOCK_ROWS)
     in_group = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
-    program = tl.program_id(0)
-    first = program // in_group * GROUP
+    first = tile // in_group * GROUP
     size = tl.minimum(tiles_of_rows - first, GROUP)
-    return first + program % in_group % size, program % in_group // size
+    return first + tile % in_group % size, tile % in_group // size
+
+
+@triton.jit
+def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Tile (row, column) of a program."""
+    return place_of_tile(tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
