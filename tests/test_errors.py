@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss
+from modest_align_kernels import ModestAlignLoss, available_backends, backends, modest_align_loss
 
 X = torch.randn(4, 8)
 IDS = torch.arange(4)
@@ -96,3 +96,24 @@ def test_module_without_a_scale() -> None:
         ModestAlignLoss(logit_scale=-1)
     with pytest.raises(ValueError, match="want one or the other"):
         ModestAlignLoss(logit_scale=10.0, learn_scale=True)(X, X, 10.0)
+
+
+def test_workspace_of_the_environment(monkeypatch) -> None:
+    monkeypatch.delenv("MODEST_ALIGN_WORKSPACE_MIB", raising=False)
+    for mib, size in ((None, 2**28), ("", 2**28), ("1", 2**20), ("512", 2**29), ("65536", 2**36)):
+        if mib is not None:
+            monkeypatch.setenv("MODEST_ALIGN_WORKSPACE_MIB", mib)
+        assert backends._workspace_bytes() == size
+    for mib in ("0", "65537", "-1", "1.5", "256 MiB", "\u0661", "9" * 5000):
+        monkeypatch.setenv("MODEST_ALIGN_WORKSPACE_MIB", mib)
+        with pytest.raises(ValueError, match=r"MODEST_ALIGN_WORKSPACE_MIB: got '.*', want an integer from 1 to 65536"):
+            backends._workspace_bytes()
+
+
+def test_experiment_of_the_environment(monkeypatch) -> None:
+    for name, experiment in (("", None), ("triton-persistent", "triton-persistent")):
+        monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", name)
+        assert backends._experiment() == experiment
+    monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "persistent")
+    with pytest.raises(ValueError, match="MODEST_ALIGN_EXPERIMENT: got 'persistent', want triton-persistent"):
+        backends._experiment()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from modest_align_kernels import available_backends, modest_align_loss, ops, reference
-from modest_align_kernels.backends import blocks, even_block, gradient_block, round_up
+from modest_align_kernels.backends import HEADROOM, LOG2E, blocks, even_block, gradient_block, round_up
+from modest_align_kernels.backends.contract import Logits, Softmaxes
 from modest_align_kernels.noise import TEXTS, random_bits
 from modest_align_kernels.testing import Case, assert_within_budget, make_features, poisoned_memory, value_and_grads
 
@@ -19,6 +20,8 @@ if (reason := available_backends(DEVICE)["triton"]) is not None:
 
 stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
+logits = import_module("modest_align_kernels.backends.triton.logits")
+persistent = import_module("modest_align_kernels.backends.triton.persistent")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
 tiles = import_module("modest_align_kernels.backends.triton.tiles")
 
@@ -67,6 +70,65 @@ def test_tiles_whose_exponentials_vanish(scale: float, geometry: str) -> None:
     assert_within_budget(triton_loss, case, torch.float32, DEVICE)
 
 
+def test_softmax_factors() -> None:
+    scale, tile = torch.tensor(100.0, device=DEVICE), tiles.Tile(32, 64, 16, 1, 1)
+    row_lse, col_lse = torch.full((70,), 90.0), torch.linspace(-20, 105, 50)
+    row_lse[:2] = torch.tensor([-math.inf, math.nan])
+    row_lse[33], row_lse[65] = -24.7, -24.8  # 80 binades below the shift are -24.77
+    softmaxes = [row_lse, col_lse, *(2 * torch.rand(n) - 1 for n in (70, 50))]
+    factors = grads.softmax_factors(scale, [t.to(DEVICE) for t in softmaxes], 140, 1024.0, tile)
+    row_factor, col_factor, row_careful, col_careful = (t.cpu() for t in factors)
+    assert row_careful.tolist() == [0, 0, 1]
+    assert col_careful.tolist() == [0, 0, 0]
+    shift = 100 * LOG2E - HEADROOM
+    for factor, lse, weight in ((row_factor, *softmaxes[::2]), (col_factor, *softmaxes[1::2])):
+        expected = 1024 * weight.double() * torch.exp2(shift - LOG2E * lse.double())
+        expected[lse == -math.inf] = 0.0
+        torch.testing.assert_close(factor[: len(lse)].double(), expected, rtol=2e-5, atol=0, equal_nan=True)
+        assert not factor[len(lse) :].any()
+    assert [len(row_factor), len(col_factor)] == [96, 192]
+
+
+def test_tiles_with_and_without_care(monkeypatch) -> None:
+    # At this scale the best of a row's cosines decides: some tiles take one exponential an element, some two.
+    results, factors = [], grads.softmax_factors
+    monkeypatch.setattr(grads, "softmax_factors", lambda *args: results.append(factors(*args)) or results[-1])
+    case = Case("some careful", 100, 170, 24, scale=195.0)
+    assert_within_budget(triton_loss, case, torch.float32, DEVICE)
+    for careful in results[0][2:]:
+        assert set(careful.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("scale", [14.3, 195.0, 1000.0])
+@pytest.mark.parametrize("groups", [0, 9])
+def test_persistent_experiment(monkeypatch, groups: int, scale: float) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper GPUs alone")
+    monkeypatch.setattr(persistent, "WORKSPACE_BYTES", 64 * 64 * 2)
+    x, y = make_features(Case("", 100, 170, 24), torch.float32, DEVICE)
+    x_hat, y_hat = (perturb_normalize(t, dtype=torch.float16)[0] for t in (x, y))
+    ids = (torch.arange(100), torch.arange(170)) if groups else ()
+    row_ids, col_ids = (i.to(DEVICE).int() // groups for i in ids) if groups else (None, None)
+    for diagonal, col_count in ((False, 100), (True, 40)):
+        a = Logits(x_hat, y_hat, torch.tensor(scale, device=DEVICE), row_ids, col_ids, diagonal)
+        lse = ops.contrastive_stats(*a, col_count=col_count, backend="triton")
+        softmaxes = Softmaxes(*lse, *(2 * torch.rand(n, device=DEVICE) - 1 for n in (100, col_count)))
+        expected, results = ([torch.full(t.shape, math.nan, device=DEVICE) for t in (x_hat, y_hat)] for _ in range(2))
+        grads.contrastive_grads(a, softmaxes, *expected)
+        with poisoned_memory():
+            persistent.contrastive_grads(a, softmaxes, *results)
+        for result, correct in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, correct, rtol=0, atol=2e-3 * float(correct.abs().max()))
+
+
+def test_ids_bounds() -> None:
+    row_ids, col_ids = (torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int32, device=DEVICE) for n in (70, 140))
+    bounds = logits.ids_bounds(row_ids, col_ids, tiles.Tile(32, 64, 16, 1, 1))
+    for result, ids, size in zip(bounds, (row_ids, col_ids), (32, 64), strict=True):
+        assert result.tolist() == [[int(part.min()), int(part.max())] for part in ids.split(size)]
+    assert logits.ids_bounds(None, None, tiles.INTERPRETER_TILE) == (None, None)
+
+
 @pytest.mark.parametrize("features", [1, 3, 8, 40, 1000, 4096])
 def test_any_number_of_features(features: int) -> None:
     x, y = make_features(Case("", 9, 11, features), torch.float32, DEVICE)
@@ -110,6 +172,23 @@ def test_noise_is_the_references(relative: bool, rtol: float) -> None:
     noise = {"seed": seed, "noise_stream": TEXTS, "noise_std": 0.5, "relative_noise": relative}
     truth = reference.perturb_normalize(x.double(), **noise)
     assert ((x_hat.double()[:, :50] - truth).norm(dim=1) <= rtol).all()
+
+
+@pytest.mark.parametrize("tiles_merged", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 33])
+def test_merge(tiles_merged: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(tiles_merged)
+    partial, lse = (300 * torch.randn(*shape, generator=generator) for shape in ((tiles_merged, length), (length,)))
+    partial[:: tiles_merged // 2 + 1] = -math.inf
+    lse[::3] = -math.inf
+    if length > 1:  # nothing at all, and a NaN that is no maximum
+        partial[:, 3], partial[tiles_merged // 3, 4] = -math.inf, math.nan
+    expected = torch.cat([partial.double() * math.log(2), lse.double()[None]]).logsumexp(0)
+    results = [lse.clone().to(DEVICE) for _ in range(2)]
+    for result in results:
+        stats._merge(partial.to(DEVICE), result)
+    assert torch.equal(results[0].view(torch.int32), results[1].view(torch.int32))
+    torch.testing.assert_close(results[0].cpu().double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
 def test_nan_survives_the_waves(monkeypatch) -> None:

@@ -6,6 +6,8 @@ What the operators compute is the docstrings of :mod:`modest_align_kernels.backe
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,8 +22,26 @@ MIN_NORM = 1e-12
 HEADROOM = 100.0
 # A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.
 SMALLEST_LOG2_SUM = -80.0
+
+
+def _workspace_bytes() -> int:
+    mib = os.environ.get("MODEST_ALIGN_WORKSPACE_MIB") or "256"
+    if not re.fullmatch("[0-9]{1,5}", mib) or not 1 <= int(mib) <= 65536:
+        raise ValueError(f"MODEST_ALIGN_WORKSPACE_MIB: got {mib!r}, want an integer from 1 to 65536")
+    return int(mib) * 2**20
+
+
+def _experiment() -> str | None:
+    name = os.environ.get("MODEST_ALIGN_EXPERIMENT") or None
+    if name not in (None, "triton-persistent"):
+        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want triton-persistent")
+    return name
+
+
+# What is tried instead of what is there.
+EXPERIMENT = _experiment()
 # What a backend may hold at once beyond its results: partial sums, or a block of G.
-WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
 # Normalisation on a GPU holds whole rows in registers.
@@ -132,6 +152,11 @@ def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, first: bool, alpha: flo
         out.add_(product, alpha=alpha)
 
 
+def gain_of(dtype: torch.dtype) -> float:
+    """What G is multiplied by while it is of ``dtype``."""
+    return FP16_GAIN if dtype == torch.float16 else 1.0
+
+
 def accumulate_products(
     a: Logits,
     grad_x: Tensor,
@@ -150,7 +175,7 @@ def accumulate_products(
             first rows and columns it writes G, and the gain to multiply G by.
     """
     x_hat, y_hat = a.x_hat, a.y_hat
-    gain = FP16_GAIN if x_hat.dtype == torch.float16 else 1.0
+    gain = gain_of(x_hat.dtype)
     g = torch.empty(block, dtype=x_hat.dtype, device=x_hat.device)
     for i in blocks(x_hat.shape[0], block[0]):
         for j in blocks(y_hat.shape[0], block[1]):

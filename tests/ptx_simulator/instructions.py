@@ -499,28 +499,29 @@ def _store(statement: Statement) -> Meaning:
 
 @dataclass
 class Copy:
-    """cp.async in flight: 16 bytes from each lane's source to its destination, or zeros past the source's bytes."""
+    """cp.async in flight: some words from each lane's source to its destination, or zeros in their place."""
 
     source: Array
     destination: Array
     lanes: Array
     filled: Array  # whether a lane's source is read
+    words: int  # of four bytes
 
     def take(self, lanes: Array) -> Copy:
         """Of some lanes only."""
-        return Copy(self.source[lanes], self.destination[lanes], self.lanes[lanes], self.filled[lanes])
+        return Copy(self.source[lanes], self.destination[lanes], self.lanes[lanes], self.filled[lanes], self.words)
 
     def complete(self, unit: Unit) -> None:
         """Copy."""
         read = self.lanes & self.filled
-        values = np.zeros((4, len(read)), U32)
+        values = np.zeros((self.words, len(read)), U32)
         if read.any():
-            values[:, read] = unit.memory("global").load(self.source[read], U32, 4)
+            values[:, read] = unit.memory("global").load(self.source[read], U32, self.words)
         if self.lanes.any():
             unit.block.shared.store(self.destination[self.lanes], values[:, self.lanes])
 
 
-@instruction("cp.async.cg.shared.global")
+@instruction("cp.async.cg.shared.global", "cp.async.ca.shared.global")
 def _copy(statement: Statement) -> Meaning:
     destination, source = (addresses_of(o) for o in statement.operands[:2])
     size, filled = (reader(o, U32) for o in (statement.operands[2], statement.operands[-1]))
@@ -528,9 +529,10 @@ def _copy(statement: Statement) -> Meaning:
     def run(unit: Unit, mask: Mask) -> None:
         lanes = np.ones(unit.lanes, bool) if mask is None else mask
         bytes_read = np.broadcast_to(filled(unit), unit.lanes)
-        if size(unit) != 16 or not np.isin(bytes_read[lanes], (0, 16)).all():
+        whole = int(size(unit))
+        if not np.isin(bytes_read[lanes], (0, whole)).all():
             raise NotImplementedError(statement.text)
-        unit.copies[-1].append(Copy(source(unit), destination(unit), lanes, bytes_read == 16))
+        unit.copies[-1].append(Copy(source(unit), destination(unit), lanes, bytes_read == whole, whole // 4))
 
     return run
 

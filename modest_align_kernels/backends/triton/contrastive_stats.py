@@ -23,6 +23,7 @@ from modest_align_kernels.backends.triton.logits import (
     dot_tile,
     exclude,
     existing,
+    ids_bounds,
     ids_meet,
     tile_of_program,
 )
@@ -32,7 +33,8 @@ _SMALLEST_SUM = tl.constexpr(2.0**SMALLEST_LOG2_SUM)
 # Up to this shift no exponential is subnormal: the smallest is 2^-(HEADROOM + 2 shift).
 _LOSSLESS_SHIFT = tl.constexpr((126 - HEADROOM.value) / 2)
 _LN2 = tl.constexpr(math.log(2))
-_MERGE_BLOCK = 128
+# A program's block of partial sums: 128 bytes of each of so many tiles. Not yet measured.
+_MERGE_TILES, _MERGE_BLOCK = 64, 32
 
 
 @triton.jit
@@ -51,9 +53,11 @@ def contrastive_stats_kernel(
     scale,  # float32, one element
     row_ids,  # int32 [B], read with IDS only
     col_ids,  # int32 [columns], likewise
+    row_bounds,  # int32 [tiles of B, 2], likewise: of the ids of each
+    col_bounds,  # int32 [tiles of columns, 2], likewise
     row_partial,  # float32 [tiles of columns, wave_rows]
     col_partial,  # float32 [tiles of wave_rows, col_count]
-    first_row,
+    first_row,  # of the wave, that of a tile
     wave_rows,
     columns,
     col_count,  # columns with a logsumexp of their own
@@ -72,7 +76,7 @@ def contrastive_stats_kernel(
     rows_left, columns_left = wave_rows - wave_row0, columns - col0
     row, col = existing(rows_left, BLOCK_ROWS), existing(columns_left, BLOCK_COLUMNS)
     x_tile, y_tile = x_hat + row0.to(tl.int64) * width, y_hat + col0.to(tl.int64) * width
-    meet = ids_meet(row_ids, col_ids, row0 + row, col0 + col, IDS)
+    meet = ids_meet(row_bounds, col_bounds, row0 // BLOCK_ROWS, tile_col, IDS)
     k = tl.load(scale) * LOG2E
 
     # One shift for the whole tile leaves HEADROOM binades above it, and sums, and 126 below it.
@@ -93,21 +97,22 @@ def contrastive_stats_kernel(
     # Past scale 78 a row's exponentials may all vanish: then its tile is computed again with maxima of its own.
     in_rows, in_columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
     row_inside, col_inside = in_rows < rows_left, in_columns < columns_left
-    smallest = tl.minimum(tl.min(tl.where(row_inside, row_sum, 1.0)), tl.min(tl.where(col_inside, col_sum, 1.0)))
-    if (shift > _LOSSLESS_SHIFT) & (smallest < _SMALLEST_SUM):
-        s = dot_tile(
-            x_tile, y_tile, row, col, width,
-            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,
-        )  # fmt: skip
-        s = exclude(
-            s * k, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,
-            -float("inf"), IDS, DIAGONAL, BLOCK_ROWS, BLOCK_COLUMNS,
-        )  # fmt: skip
-        s = _crop(s, rows_left, columns_left, BLOCK_ROWS, BLOCK_COLUMNS)
-        row_max = tl.maximum(tl.max(s, 1), -HUGE)
-        row_log2 = tl.log2(tl.sum(tl.exp2(s - row_max[:, None]), 1)) + row_max
-        col_max = tl.maximum(tl.max(s, 0), -HUGE)
-        col_log2 = tl.log2(tl.sum(tl.exp2(s - col_max[None, :]), 0)) + col_max
+    if shift > _LOSSLESS_SHIFT:
+        smallest = tl.minimum(tl.min(tl.where(row_inside, row_sum, 1.0)), tl.min(tl.where(col_inside, col_sum, 1.0)))
+        if smallest < _SMALLEST_SUM:
+            s = dot_tile(
+                x_tile, y_tile, row, col, width,
+                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,
+            )  # fmt: skip
+            s = exclude(
+                s * k, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,
+                -float("inf"), IDS, DIAGONAL, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
+            s = _crop(s, rows_left, columns_left, BLOCK_ROWS, BLOCK_COLUMNS)
+            row_max = tl.maximum(tl.max(s, 1), -HUGE)
+            row_log2 = tl.log2(tl.sum(tl.exp2(s - row_max[:, None]), 1)) + row_max
+            col_max = tl.maximum(tl.max(s, 0), -HUGE)
+            col_log2 = tl.log2(tl.sum(tl.exp2(s - col_max[None, :]), 0)) + col_max
 
     tl.store(row_partial + tile_col.to(tl.int64) * wave_rows + wave_row0 + in_rows, row_log2, mask=row_inside)
     col_place = tile_row.to(tl.int64) * col_count + col0 + in_columns
@@ -120,22 +125,27 @@ def merge_kernel(
     lse,  # float32 [length], natural logarithm, merged into
     tiles,
     length,
+    BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge partial sums into ``lse``, in the order of the tiles."""
+    """Merge partial sums into ``lse``: those of every BLOCK_TILES-th tile in order, then these sums in a fixed one."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    log2 = tl.load(lse + place, mask=inside, other=0.0) * LOG2E
-    maximum = tl.maximum(log2, -HUGE)
-    total = tl.exp2(log2 - maximum)  # a NaN of an earlier wave stays one
-    partial += place
-    for _ in range(0, tiles):
-        log2 = tl.load(partial, mask=inside, other=0.0)
+    inside, in_tiles = place < length, tl.arange(0, BLOCK_TILES)
+    # Each element keeps a sum of its own until the end, so that blocks are copied ahead and nothing waits for a sum.
+    maximum = tl.full((BLOCK_TILES, BLOCK), -HUGE, dtype=tl.float32)
+    total = tl.zeros((BLOCK_TILES, BLOCK), dtype=tl.float32)
+    block = partial + (in_tiles.to(tl.int64)[:, None] * length + place[None, :])
+    for first in tl.range(0, tiles, BLOCK_TILES, num_stages=3):
+        exists = (in_tiles < tiles - first)[:, None] & inside[None, :]
+        log2 = tl.load(block, mask=exists, other=-float("inf"))
         larger = tl.maximum(maximum, log2)
-        total = total * tl.exp2(maximum - larger) + tl.exp2(log2 - larger)
+        total = total * tl.exp2(maximum - larger) + tl.exp2(log2 - larger)  # a NaN stays one
         maximum = larger
-        partial += length
-    tl.store(lse + place, (maximum + tl.log2(total)) * _LN2, mask=inside)
+        block += BLOCK_TILES * length.to(tl.int64)
+    earlier = tl.load(lse + place, mask=inside, other=0.0) * LOG2E
+    largest = tl.maximum(tl.max(maximum, 0), earlier)
+    merged = tl.sum(total * tl.exp2(maximum - largest[None, :]), 0) + tl.exp2(earlier - largest)
+    tl.store(lse + place, (largest + tl.log2(merged)) * _LN2, mask=inside)
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
@@ -144,6 +154,7 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     (rows, width), columns, col_count = x_hat.shape, y_hat.shape[0], len(col_lse)
     tile = choose_tile(x_hat.device, x_hat.dtype)
     tiles_of_columns = triton.cdiv(columns, tile.block_columns)
+    row_bounds, col_bounds = ids_bounds(row_ids, col_ids, tile)
     bytes_per_row = 4 * (tiles_of_columns + triton.cdiv(col_count, tile.block_rows))
     row_lse.fill_(-torch.inf)
     col_lse.fill_(-torch.inf)
@@ -158,6 +169,8 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
             scale,
             row_ids,
             col_ids,
+            row_bounds,
+            col_bounds,
             row_partial,
             col_partial,
             i.start,
@@ -181,4 +194,5 @@ def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
 
 def _merge(partial: Tensor, lse: Tensor) -> None:
     tiles, length = partial.shape
-    merge_kernel[(triton.cdiv(length, _MERGE_BLOCK),)](partial, lse, tiles, length, BLOCK=_MERGE_BLOCK)
+    grid = (triton.cdiv(length, _MERGE_BLOCK),)
+    merge_kernel[grid](partial, lse, tiles, length, BLOCK_TILES=_MERGE_TILES, BLOCK=_MERGE_BLOCK, num_warps=8)

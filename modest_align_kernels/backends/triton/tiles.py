@@ -21,6 +21,10 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many tiles cover ``rows``, and ``columns``."""
+        return -(-rows // self.block_rows), -(-columns // self.block_columns)
+
 
 # (smallest compute capability, operand dtype): the entry with the largest capability that the device has.
 TILES: dict[tuple[int, torch.dtype], Tile] = {
