@@ -162,7 +162,7 @@ def accumulate_products(
     grad_x: Tensor,
     grad_y: Tensor,
     block: tuple[int, int],
-    write_g: Callable[[slice, slice, Tensor, float], None],
+    write_g: Callable[[slice, slice, Tensor], None],
 ) -> None:
     """grad_x = G Y_hat and grad_y = G^T X_hat from blocks of G, each written once and multiplied twice.
 
@@ -171,15 +171,15 @@ def accumulate_products(
         grad_x: [B, width] in the accumulation dtype, or empty: not wanted.
         grad_y: [N, width], likewise.
         block: rows and columns of a block.
-        write_g: called with a block's rows, its columns, a matrix of ``block``'s shape in the operands' dtype to whose
-            first rows and columns it writes G, and the gain to multiply G by.
+        write_g: called with a block's rows, its columns, and a matrix of ``block``'s shape in the operands' dtype to
+            whose first rows and columns it writes G times :func:`gain_of` that dtype.
     """
     x_hat, y_hat = a.x_hat, a.y_hat
     gain = gain_of(x_hat.dtype)
     g = torch.empty(block, dtype=x_hat.dtype, device=x_hat.device)
     for i in blocks(x_hat.shape[0], block[0]):
         for j in blocks(y_hat.shape[0], block[1]):
-            write_g(i, j, g, gain)
+            write_g(i, j, g)
             g_block = g[: i.stop - i.start, : j.stop - j.start]
             if grad_x.numel():
                 accumulate_matmul(grad_x[i], g_block, y_hat[j], first=j.start == 0, alpha=1 / gain)

@@ -24,6 +24,7 @@ from modest_align_kernels.backends import (
     accumulation_dtype,
     blocks,
     even_block,
+    gain_of,
 )
 from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
 from modest_align_kernels.noise import gaussian_noise
@@ -127,10 +128,11 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     else:
         shift = None
     block = even_block(rows, BLOCK_ROWS), even_block(columns, BLOCK_COLUMNS)
+    gain = gain_of(a.x_hat.dtype)
     # A fresh block each time would cost more in page faults than what is written to it.
     scratch = torch.empty(2 - (a.x_hat.dtype == dtype), *block, dtype=dtype, device=a.x_hat.device)
 
-    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+    def write_g(i: slice, j: slice, g: Tensor) -> None:
         g, scratch_block = (t[..., : i.stop - i.start, : j.stop - j.start] for t in (g, scratch))
         logits = _logits(a, scale_log2, i, j, g if g.dtype == dtype else scratch_block[1])
         if shift is not None:

@@ -62,7 +62,7 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     given |= {"row_factor": row_factor.data_ptr(), "col_factor": col_factor.data_ptr()}
     _raise_on(_C.cuda_softmax_factors(**given), "softmax_factors", given)
 
-    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+    def write_g(i: slice, j: slice, g: Tensor) -> None:
         of_g: dict[str, Any] = {"g": g.data_ptr(), "g_stride": g.stride(0)}
         of_g |= {"first_row": i.start, "block_rows": i.stop - i.start}
         of_g |= {"first_column": j.start, "block_columns": j.stop - j.start}

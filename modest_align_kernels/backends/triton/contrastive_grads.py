@@ -193,12 +193,13 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     (rows, width), columns = x_hat.shape, y_hat.shape[0]
     tile = choose_tile(x_hat.device, x_hat.dtype)
     row_bounds, col_bounds = ids_bounds(row_ids, col_ids, tile)
-    factors = softmax_factors(scale, softmaxes, columns, gain_of(x_hat.dtype), tile)
+    gain = gain_of(x_hat.dtype)
+    factors = softmax_factors(scale, softmaxes, columns, gain, tile)
     elements = WORKSPACE_BYTES // x_hat.element_size()
     multiples = tile.block_rows, tile.block_columns
     block = gradient_block(rows, columns, width, elements, *multiples, processors_of(x_hat.device))
 
-    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+    def write_g(i: slice, j: slice, g: Tensor) -> None:
         block_rows, block_columns = i.stop - i.start, j.stop - j.start
         tiles_of_rows, tiles_of_columns = tile.grid(block_rows, block_columns)
         contrastive_grads_kernel[(tiles_of_rows * tiles_of_columns,)](

@@ -150,7 +150,7 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     # The kernel's descriptors lie in memory that Triton asks for; set for the thread that autograd launches from.
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
-    def write_g(i: slice, j: slice, g: Tensor, gain: float) -> None:
+    def write_g(i: slice, j: slice, g: Tensor) -> None:
         place = i.start, i.stop - i.start, j.start, j.stop - j.start
         persistent_grads_kernel[(programs,)](
             x_hat,
