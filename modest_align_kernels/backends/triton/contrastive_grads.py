@@ -82,9 +82,29 @@ def softmax_factors_kernel(
 
 
 @triton.jit
-def softmax_log2(lse):
+def _softmax_log2(lse):
     """``lse`` in units of log2, so large that the softmax is 0 where nothing takes part."""
     return tl.where(lse == -float("inf"), HUGE, lse * LOG2E)
+
+
+@triton.jit
+def careful_g(
+    s,  # logits in units of log2, [rows, columns] of a tile
+    row_lse,  # this and the three below: float32, from the tile's first row or column on
+    col_lse,
+    row_weight,
+    col_weight,
+    row,  # int32 [rows], existing
+    in_columns,  # int32 [columns]
+    has_softmax,  # whether a column has one of its own
+    gain,
+):
+    """A tile's G from two exponentials an element."""
+    row_log2 = _softmax_log2(tl.load(row_lse + row))
+    col_log2 = _softmax_log2(tl.load(col_lse + in_columns, mask=has_softmax, other=-float("inf")))
+    row_gain = tl.load(row_weight + row) * gain
+    col_gain = tl.load(col_weight + in_columns, mask=has_softmax, other=0.0) * gain
+    return tl.exp2(s - row_log2[:, None]) * row_gain[:, None] + tl.exp2(s - col_log2[None, :]) * col_gain[None, :]
 
 
 @triton.jit(do_not_specialize=["first_row", "block_rows", "first_col", "block_columns", "col_count"])
@@ -142,12 +162,10 @@ def contrastive_grads_kernel(
         values = tl.exp2(s - shift_of(k)) * (row_gain[:, None] + col_gain[None, :])
     else:
         has_softmax = in_columns < tl.minimum(columns_left, col_count - col0)
-        row_log2 = softmax_log2(tl.load(row_lse + row0 + row))
-        col_log2 = softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
-        row_gain = tl.load(row_weight + row0 + row) * gain
-        col_gain = tl.load(col_weight + col0 + in_columns, mask=has_softmax, other=0.0) * gain
-        values = tl.exp2(s - row_log2[:, None]) * row_gain[:, None]
-        values += tl.exp2(s - col_log2[None, :]) * col_gain[None, :]
+        values = careful_g(
+            s, row_lse + row0, col_lse + col0, row_weight + row0, col_weight + col0,
+            row, in_columns, has_softmax, gain,
+        )  # fmt: skip
     # Last, because an excluded pair's logit may be far above the logsumexps.
     values = exclude(
         values, row_ids, col_ids, meet, row0, col0, rows_left, columns_left,

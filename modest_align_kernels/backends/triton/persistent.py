@@ -21,8 +21,8 @@ from modest_align_kernels.backends import (
     processors_of,
 )
 from modest_align_kernels.backends.contract import Logits, Softmaxes
+from modest_align_kernels.backends.triton.contrastive_grads import careful_g, shift_of, softmax_factors
 from modest_align_kernels.backends.triton.contrastive_grads import contrastive_grads as contrastive_grads_of_tiles
-from modest_align_kernels.backends.triton.contrastive_grads import shift_of, softmax_factors, softmax_log2
 from modest_align_kernels.backends.triton.logits import LOG2E, dot_tile, existing, ids_bounds, ids_meet, place_of_tile
 from modest_align_kernels.backends.triton.tiles import INTERPRETER_TILE, Tile
 
@@ -119,12 +119,10 @@ def rare_grads_kernel(
                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, "tf32",
             )  # fmt: skip
             has_softmax = in_columns < col_count - col0
-            row_log2 = softmax_log2(tl.load(row_lse + row0 + row))
-            col_log2 = softmax_log2(tl.load(col_lse + col0 + in_columns, mask=has_softmax, other=-float("inf")))
-            row_gain = tl.load(row_weight + row0 + row) * gain
-            col_gain = tl.load(col_weight + col0 + in_columns, mask=has_softmax, other=0.0) * gain
-            values = tl.exp2(s - row_log2[:, None]) * row_gain[:, None]
-            values += tl.exp2(s - col_log2[None, :]) * col_gain[None, :]
+            values = careful_g(
+                s, row_lse + row0, col_lse + col0, row_weight + row0, col_weight + col0,
+                row, in_columns, has_softmax, gain,
+            )  # fmt: skip
             if IDS:
                 same = tl.load(row_ids + row0 + row)[:, None] == tl.load(col_ids + col0 + col)[None, :]
                 values = tl.where(same, 0.0, values)
