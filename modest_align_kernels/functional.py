@@ -97,15 +97,14 @@ def modest_align_loss(
     if rows == 0:
         # Sums over nothing, so that whoever asks for gradients gets zeros.
         return image_features.to(dtype).sum() + text_features[:0].to(dtype).sum() + 0.0 * scale
-    row_ids, col_ids, paired_groups = None, None, False
+    row_ids = col_ids = None
     if given_ids is not None:
         row_ids, col_ids = number_groups(*given_ids, text_features.shape[0])
-        paired_groups = given_ids[1] is None
     seed = noise = None
     if noise_std > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
         noise = _as_tensor(noise_std, dtype, device)
-    options = Options(relative_noise, symmetric, paired_groups, operand_dtype, backend)
+    options = Options(relative_noise, symmetric, operand_dtype, backend)
     loss: Tensor = ContrastiveLoss.apply(
         image_features, text_features, scale, mass, row_ids, col_ids, seed, noise, options
     )[0]

@@ -1,6 +1,6 @@
 """The operators ``torch.ops.modest_align.*``, and the one place that registers anything with PyTorch.
 
-Each is one of the four functions that every backend has (:mod:`modest_align_kernels.backends.contract`) around the
+Each is one of the five functions that every backend has (:mod:`modest_align_kernels.backends.contract`) around the
 allocation of its results, which is also its shape for tracing. The positional arguments are the backend's; those by
 keyword say what is allocated, and by which backend it is filled. They have no gradients of their own:
 :mod:`modest_align_kernels.autograd` has.
@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels.backends import accumulation_dtype
-from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
+from modest_align_kernels.backends.contract import (
+    Logits,
+    PairLosses,
+    PerturbNormalize,
+    PerturbNormalizeBackward,
+    SmoothedGradient,
+    SmoothedLosses,
+    Softmaxes,
+)
 from modest_align_kernels.backends.registry import BACKENDS, operand_width
 
 _library = torch.library.Library("modest_align", "DEF")
@@ -81,15 +89,20 @@ def perturb_normalize(
     )
 
 
-@_operator(lambda *arguments: (PerturbNormalizeBackward(*arguments),))
+@_operator(lambda *a: (PerturbNormalizeBackward(*a[:7], *a[12:]), None if a[7] is None else SmoothedGradient(*a[7:12])))
 def perturb_normalize_backward(
     grad: Tensor,
     x_hat: Tensor,
     inv_norm: Tensor,
     pair_hat: Tensor,
     pair_weight: Tensor,
-    offset: Tensor,
+    scale: Tensor,
     factor: Tensor,
+    smoothing: Tensor | None,
+    ids: Tensor | None,
+    pair_ids: Tensor | None,
+    negative_weight: Tensor,
+    pair_negative_weight: Tensor,
     *,
     features: int,
     dtype: torch.dtype,
@@ -97,6 +110,26 @@ def perturb_normalize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Dx [rows, features] in ``dtype``, row_dot [rows]."""
     return x_hat.new_empty((x_hat.shape[0], features), dtype=dtype), torch.empty_like(inv_norm)
+
+
+@_operator(lambda *a: (PairLosses(*a[:4], *a[9:13]), None if a[4] is None else SmoothedLosses(*a[4:9], *a[13:])))
+def pair_losses(
+    row_lse: Tensor,
+    col_lse: Tensor,
+    pair_dot: Tensor,
+    scale: Tensor,
+    smoothing: Tensor | None,
+    x_hat: Tensor,
+    y_hat: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses [B], row_weight [B], col_weight [C], pair_weight [B]; slope and both negative weights [B], or empty."""
+    losses, *weights = (torch.empty_like(t) for t in (row_lse, row_lse, col_lse, row_lse))
+    smoothed = (row_lse.new_empty(0 if smoothing is None else row_lse.shape[0]) for _ in range(3))
+    return losses, *weights, *smoothed  # type: ignore[return-value]
 
 
 @_operator(lambda *arguments: (Logits(*arguments[:6]), *arguments[6:]))

@@ -1,7 +1,8 @@
-"""What the four functions of every backend are given; what they compute is said in ``backends/eager.py``.
+"""What the five functions of every backend are given; what they compute is said in ``backends/eager.py``.
 
     perturb_normalize(PerturbNormalize)
-    perturb_normalize_backward(PerturbNormalizeBackward)
+    perturb_normalize_backward(PerturbNormalizeBackward, SmoothedGradient or None)
+    pair_losses(PairLosses, SmoothedLosses or None)
     contrastive_stats(Logits, row_lse, col_lse)
     contrastive_grads(Logits, Softmaxes, grad_x, grad_y)
 
@@ -49,9 +50,9 @@ class PerturbNormalizeBackward(NamedTuple):
         grad: [rows, width].
         x_hat: [rows, width].
         inv_norm: [rows].
-        pair_hat: [P, width], P <= rows: the rows' positives.
-        pair_weight: [P].
-        offset: [2, width].
+        pair_hat: [P, width], the other side; row i < B of either is a pair.
+        pair_weight: [B], B <= rows and B <= P.
+        scale: 0-dim.
         factor: 0-dim.
         dx: written, [rows, D <= width], any floating dtype.
         row_dot: written, [rows].
@@ -62,10 +63,76 @@ class PerturbNormalizeBackward(NamedTuple):
     inv_norm: Tensor
     pair_hat: Tensor
     pair_weight: Tensor
-    offset: Tensor
+    scale: Tensor
     factor: Tensor
     dx: Tensor
     row_dot: Tensor
+
+
+class SmoothedGradient(NamedTuple):
+    """What the smoothing adds to the arguments of ``perturb_normalize_backward``.
+
+    Attributes:
+        smoothing: 0-dim.
+        ids: int32 [rows], from 0 to B, where B is the smaller side's length and stands for no group; or None.
+        pair_ids: int32 [P], likewise.
+        negative_weight: [B].
+        pair_negative_weight: [B].
+    """
+
+    smoothing: Tensor
+    ids: Tensor | None
+    pair_ids: Tensor | None
+    negative_weight: Tensor
+    pair_negative_weight: Tensor
+
+
+class PairLosses(NamedTuple):
+    """Arguments of ``pair_losses``.
+
+    Attributes:
+        row_lse: [B], of the negatives.
+        col_lse: [C], likewise; C is B, or 0: there is but one direction.
+        pair_dot: [B].
+        scale: 0-dim.
+        losses: written, [B].
+        row_weight: written, [B].
+        col_weight: written, [C].
+        pair_weight: written, [B].
+    """
+
+    row_lse: Tensor
+    col_lse: Tensor
+    pair_dot: Tensor
+    scale: Tensor
+    losses: Tensor
+    row_weight: Tensor
+    col_weight: Tensor
+    pair_weight: Tensor
+
+
+class SmoothedLosses(NamedTuple):
+    """What the smoothing adds to the arguments of ``pair_losses``.
+
+    Attributes:
+        smoothing: 0-dim.
+        x_hat: [B, width].
+        y_hat: [N, width], N >= B.
+        row_ids: int32 [B], from 0 to B, where B stands for no group; or None.
+        col_ids: int32 [N], likewise.
+        slope: written, [B].
+        row_negative_weight: written, [B].
+        col_negative_weight: written, [B].
+    """
+
+    smoothing: Tensor
+    x_hat: Tensor
+    y_hat: Tensor
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    slope: Tensor
+    row_negative_weight: Tensor
+    col_negative_weight: Tensor
 
 
 class Logits(NamedTuple):

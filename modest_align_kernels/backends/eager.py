@@ -1,6 +1,6 @@
 """Blocks of PyTorch operations, on any device: the B x N matrix exists only one block at a time.
 
-The four functions here are the contract of every backend: what they compute is said here, and in
+The five functions here are the contract of every backend: what they compute is said here, and in
 :mod:`modest_align_kernels.backends.contract` from what. Logits are kept in units of log2, so that a block costs one
 ``exp2``. The loss excludes each row's positive from the operations on the logits and adds it in float32
 (:mod:`modest_align_kernels.autograd`), so that no positive passes through 16 bits.
@@ -26,7 +26,15 @@ from modest_align_kernels.backends import (
     even_block,
     gain_of,
 )
-from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
+from modest_align_kernels.backends.contract import (
+    Logits,
+    PairLosses,
+    PerturbNormalize,
+    PerturbNormalizeBackward,
+    SmoothedGradient,
+    SmoothedLosses,
+    Softmaxes,
+)
 from modest_align_kernels.noise import gaussian_noise
 
 # One block of float32 logits is 16 MiB: large enough for the matmul, small enough to be still in a CPU's last cache.
@@ -54,31 +62,137 @@ def perturb_normalize(a: PerturbNormalize) -> None:
             torch.sum(x_hat[paired].to(dtype) * pair_block, dim=1, out=pair_dot[i])
 
 
-def perturb_normalize_backward(a: PerturbNormalizeBackward) -> None:
+def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGradient | None) -> None:
     """The float32 terms of the gradient and the normalisation's backward, in one pass.
 
-    With P = pair_hat's rows,
+    With weights that are 0 past their ends, the terms that no tile of the logits has are added,
 
-        g_i  = factor * (grad_i + offset[0] + pair_weight_i * pair_hat_i)   for i < P,
-        g_i  = factor * (grad_i + offset[1])                                for the others,
-        dx_i = inv_norm_i * (g_i - x_hat_i <x_hat_i, g_i>)
+        g_i  = grad_i + pair_weight_i * pair_hat_i + smoothing * (negative_weight_i * own_i + other_i)
+        own_i   = sum of pair_hat_j over the j with pair_ids_j = ids_i  -  sum of all pair_hat_j
+        other_i = the same sums of pair_negative_weight_j * pair_hat_j
+        dx_i = factor * scale * inv_norm_i * (g_i - x_hat_i <x_hat_i, g_i>)
 
-    and row_dot_i = <x_hat_i, g_i>. A row whose norm was below 1e-12 was divided by a constant: no projection there.
+    and row_dot_i = factor * <x_hat_i, g_i>, whose sum is the scale's gradient. Without ids the first sums are 0. A row
+    whose norm was below 1e-12 was divided by a constant, 1e12 times its direction: its dx is 0.
     """
-    grad, x_hat, inv_norm, pair_hat, pair_weight, offset, factor, dx, row_dot = a
-    rows, pairs, features = x_hat.shape[0], pair_hat.shape[0], dx.shape[1]
-    for first, last, row_offset in ((0, pairs, offset[0]), (pairs, rows, offset[1])):
+    grad, x_hat, inv_norm, pair_hat, pair_weight, scale, factor, dx, row_dot = a
+    rows, pairs, features = x_hat.shape[0], pair_weight.shape[0], dx.shape[1]
+    if smoothed is not None:
+        smoothing, ids, pair_ids, negative_weight, pair_negative_weight = smoothed
+        own = _negated_sums(pair_hat, None, pair_ids, pairs)
+        other = _negated_sums(pair_hat, pair_negative_weight, pair_ids, pairs)
+    for first, last in ((0, pairs), (pairs, rows)):
         for block in blocks(last - first, NORMALIZE_ROWS):
             i = slice(first + block.start, first + block.stop)
-            g = grad[i] + row_offset
+            g = grad[i].clone()
             if first == 0:
                 g.addcmul_(pair_weight[i, None], pair_hat[i].to(g.dtype))
-            g.mul_(factor)
+            if smoothed is not None:
+                of_rows = slice(0, 1) if ids is None else ids[i]
+                terms = other[of_rows]
+                if first == 0:
+                    terms = torch.addcmul(terms, negative_weight[i, None], own[of_rows])
+                g.addcmul_(smoothing, terms)
             x_block = x_hat[i].to(g.dtype)
-            torch.sum(x_block * g, dim=1, out=row_dot[i])
-            projection = torch.where(inv_norm[i] < 1 / MIN_NORM, row_dot[i], 0.0)
-            g.addcmul_(x_block, projection[:, None], value=-1)
-            dx[i] = g.mul_(inv_norm[i, None])[:, :features]
+            dot = (x_block * g).sum(1)
+            torch.mul(dot, factor, out=row_dot[i])
+            g.addcmul_(x_block, dot[:, None], value=-1).mul_((inv_norm[i] * (factor * scale))[:, None])
+            dx[i] = g.masked_fill_((inv_norm[i] >= 1 / MIN_NORM)[:, None], 0.0)[:, :features]
+
+
+def _negated_sums(hat: Tensor, weight: Tensor | None, ids: Tensor | None, pairs: int) -> Tensor:
+    """Less the sum of all rows: the sum of each number's rows, [pairs + 1, width]; of none without ids, [1, width].
+
+    Args:
+        hat: [rows, width].
+        weight: of the first rows, the others' are 0; None: all are 1.
+        ids: int32 [rows], from 0 to ``pairs``, or None.
+        pairs: B.
+    """
+    dtype = accumulation_dtype(hat.dtype)
+    sums = hat.new_zeros((1 if ids is None else pairs + 1, hat.shape[1]), dtype=dtype)
+    total = hat.new_zeros(hat.shape[1], dtype=dtype)
+    for i in blocks(len(hat) if weight is None else len(weight), NORMALIZE_ROWS):
+        values = hat[i].to(dtype)
+        if weight is not None:
+            values = values * weight[i, None]
+        total += values.sum(0)
+        if ids is not None:
+            _add_rows(sums, ids[i], values)
+    return sums.sub_(total)
+
+
+def _add_rows(to: Tensor, ids: Tensor, values: Tensor) -> None:
+    if to.is_cuda:  # there index_add_ is made of atomics, whose order changes from run to run; this sorts the ids first
+        to.index_put_((ids,), values, accumulate=True)
+    else:
+        to.index_add_(0, ids, values)
+
+
+def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
+    """Each pair's loss, and the weights of its two softmaxes and of its positive in the gradient.
+
+    With p_i = scale * pair_dot_i, the logistic function sigma, and share = 1/2 (1 in one direction),
+
+        losses_i = share * [softplus(row_lse_i - p_i) + softplus(col_lse_i - p_i)] + smoothing * slope_i
+        row_weight_i = sigma(row_lse_i - p_i),   col_weight_i = sigma(col_lse_i - p_i)
+        pair_weight_i = on_pair_i * smoothing - row_weight_i - col_weight_i
+
+    A negative of row i has the weight row_negative_weight_i = 1 / (their number), 0 if there are none; those of column
+    i likewise (0 in one direction). The slope is what a pair's positive is above the mean of its negatives:
+
+        on_pair_i = [row i has negatives] + [column i has negatives] + apart_i * (row_negative_weight_i + col_..._i)
+        slope_i = share * scale * (pair_dot_i * on_pair_i + row_negative_weight_i <x_hat_i, y_own_i>
+                                   + col_negative_weight_i <y_hat_i, x_own_i>)
+
+    with y_own_i = sum of y_hat_j over the j with col_ids_j = row_ids_i - sum of all y_hat_j (without ids the first sum
+    is 0), x_own_i likewise. The first holds the pair itself, unless its two ids differ or there are none: apart_i = 1.
+    """
+    row_lse, col_lse, pair_dot, scale, losses, row_weight, col_weight, pair_weight = a
+    share = 0.5 if len(col_lse) else 1.0
+    positive = pair_dot * scale
+    row_margin = row_lse - positive
+    torch.sigmoid(row_margin, out=row_weight)
+    torch.neg(row_weight, out=pair_weight)
+    torch.mul(_softplus(row_margin), share, out=losses)
+    if len(col_lse):
+        col_margin = col_lse - positive
+        torch.sigmoid(col_margin, out=col_weight)
+        pair_weight.sub_(col_weight)
+        losses.add_(_softplus(col_margin), alpha=share)
+    if smoothed is None:
+        return
+    smoothing, x_hat, y_hat, row_ids, col_ids, slope, row_negative_weight, col_negative_weight = smoothed
+    pairs, columns = len(x_hat), len(y_hat)
+    row_negatives, col_negatives = torch.full_like(pair_dot, columns), torch.full_like(pair_dot, pairs)
+    apart, paired_ids = torch.ones_like(pair_dot), None
+    if row_ids is not None and col_ids is not None:
+        paired_ids = col_ids[:pairs]
+        apart = (row_ids != paired_ids).to(apart.dtype)
+        for negatives, ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
+            counts = negatives.new_zeros(pairs + 1)
+            _add_rows(counts, ids, counts.new_ones(len(ids)))
+            negatives.sub_(counts[of_ids])
+    on_pair = torch.zeros_like(pair_dot)
+    slope.zero_()
+    for weight, negatives, wanted, hat, other, ids, other_ids in (
+        (row_negative_weight, row_negatives, True, x_hat, y_hat, row_ids, col_ids),
+        (col_negative_weight, col_negatives, len(col_lse) > 0, y_hat, x_hat, paired_ids, row_ids),
+    ):
+        negatives.sub_(apart)
+        torch.reciprocal(negatives, out=weight).masked_fill_((negatives <= 0) | (not wanted), 0.0)
+        on_pair.add_(weight.sign()).addcmul_(apart, weight)
+        own = _negated_sums(other, None, other_ids, pairs)
+        for i in blocks(pairs, NORMALIZE_ROWS):
+            slope[i].addcmul_(weight[i], (hat[i].to(own.dtype) * own[slice(0, 1) if ids is None else ids[i]]).sum(1))
+    slope.addcmul_(pair_dot, on_pair).mul_(share * scale)
+    losses.addcmul_(smoothing, slope)
+    pair_weight.addcmul_(smoothing, on_pair)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # PyTorch's default threshold drops 2e-9 past 20, which float64 would notice.
+    return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
