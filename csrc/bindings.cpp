@@ -118,10 +118,32 @@ PYBIND11_MODULE(_C, m) {
       FIELD(pair_hat), FIELD(x_hat),     FIELD(operand_dtype), FIELD(inv_norm),
       FIELD(pair_dot), FIELD(rows),      FIELD(pairs),         FIELD(features),
       FIELD(width)};
-  const Fields<PerturbNormalizeBackward> perturb_normalize_backward{
-      FIELD(grad),        FIELD(x_hat),  FIELD(operand_dtype), FIELD(inv_norm), FIELD(pair_hat),
-      FIELD(pair_weight), FIELD(offset), FIELD(factor),        FIELD(dx),       FIELD(dx_dtype),
-      FIELD(row_dot),     FIELD(rows),   FIELD(pairs),         FIELD(features), FIELD(width)};
+  using Backward = PerturbNormalizeBackward;
+  const Fields<Backward> perturb_normalize_backward{
+      FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
+      FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
+      FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
+      FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
+      FIELD(width)};
+  const Fields<PairLosses> pair_losses = Fields<PairLosses>{FIELD(row_lse),
+                                                            FIELD(col_lse),
+                                                            FIELD(pair_dot),
+                                                            FIELD(scale),
+                                                            FIELD(losses),
+                                                            FIELD(row_weight),
+                                                            FIELD(col_weight),
+                                                            FIELD(pair_weight),
+                                                            FIELD(smoothing),
+                                                            FIELD(x_hat),
+                                                            FIELD(y_hat),
+                                                            FIELD(operand_dtype),
+                                                            FIELD(row_ids),
+                                                            FIELD(col_ids),
+                                                            FIELD(slope),
+                                                            FIELD(row_negative_weight),
+                                                            FIELD(col_negative_weight),
+                                                            FIELD(width)} +
+                                         extents<PairLosses>();
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;
   const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
@@ -137,8 +159,18 @@ PYBIND11_MODULE(_C, m) {
   });
   define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
          [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
-  define(m, "cpu_perturb_normalize_backward", perturb_normalize_backward + threads<PerturbNormalizeBackward>(),
-         [](const PerturbNormalizeBackward& a) { cpu_kernels().perturb_normalize_backward(a); });
+  const Fields<Backward> backward_workspace{FIELD(workspace)};
+  const Fields<PairLosses> pair_workspace{FIELD(workspace)};
+  define(m, "cpu_perturb_normalize_backward", perturb_normalize_backward + backward_workspace + threads<Backward>(),
+         [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); });
+  define(m, "cpu_pair_losses", pair_losses + pair_workspace + threads<PairLosses>(),
+         [](const PairLosses& a) { cpu_kernels().pair_losses(a); });
+  define(m, "cpu_perturb_normalize_backward_workspace",
+         Fields<Backward>{FIELD(smoothing), FIELD(pair_ids), FIELD(pairs), FIELD(width)},
+         [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
+  define(m, "cpu_pair_losses_workspace",
+         Fields<PairLosses>{FIELD(smoothing), FIELD(row_ids), FIELD(col_ids), FIELD(width)} + extents<PairLosses>(),
+         [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
   define(m, "cpu_contrastive_stats", stats + threads<Stats>(),
          [](const Stats& a) { cpu_kernels().contrastive_stats(a); });
   define(m, "cpu_contrastive_grads", grads + threads<Grads>(),
@@ -154,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = true;
   m.def("cuda_error_string", &cuda::error_string);
   define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
-  define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<PerturbNormalizeBackward>(),
+  define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<Backward>(),
          cuda::perturb_normalize_backward);
   using G = cuda::ContrastiveG;
   const Fields<Stats> limit{FIELD(workspace_bytes)};

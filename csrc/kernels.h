@@ -41,14 +41,44 @@ struct PerturbNormalizeBackward : Where {
   const void* x_hat;  // [rows, width]
   Dtype operand_dtype;
   const float* inv_norm;     // [rows]
-  const void* pair_hat;      // [pairs, width]
+  const void* pair_hat;      // [pair_rows, width]
   const float* pair_weight;  // [pairs]
-  const float* offset;       // [2, width]
+  const float* scale;        // [1]
   const float* factor;       // [1]
-  void* dx;                  // written, [rows, features], of float32 or bfloat16 on a CPU
+  // [1]; null: nothing is smoothed, and of ids, weights and workspace nothing is read
+  const float* smoothing;
+  const std::int32_t* ids;            // [rows], from 0 to pairs; null beside null
+  const std::int32_t* pair_ids;       // [pair_rows]
+  const float* negative_weight;       // [pairs]
+  const float* pair_negative_weight;  // [pairs]
+  void* dx;                           // written, [rows, features], of float32 or bfloat16 on a CPU
   Dtype dx_dtype;
-  float* row_dot;  // written, [rows]
-  std::int64_t rows, pairs, features, width;
+  float* row_dot;   // written, [rows]
+  void* workspace;  // aligned to 64 bytes
+  std::int64_t rows, pairs, pair_rows, features, width;
+};
+
+struct PairLosses : Where {
+  const float* row_lse;   // [rows]
+  const float* col_lse;   // [col_count], which is rows or 0
+  const float* pair_dot;  // [rows]
+  const float* scale;     // [1]
+  float* losses;          // written, [rows]
+  float* row_weight;      // written, [rows]
+  float* col_weight;      // written, [col_count]
+  float* pair_weight;     // written, [rows]
+  // [1]; null: nothing is smoothed, and nothing of what follows is read or written
+  const float* smoothing;
+  const void* x_hat;  // [rows, width]
+  const void* y_hat;  // [columns, width]
+  Dtype operand_dtype;
+  const std::int32_t* row_ids;  // [rows], from 0 to rows; null beside null
+  const std::int32_t* col_ids;  // [columns]
+  float* slope;                 // written, [rows]
+  float* row_negative_weight;   // written, [rows]
+  float* col_negative_weight;   // written, [rows]
+  void* workspace;              // aligned to 64 bytes
+  std::int64_t rows, columns, col_count, width;
 };
 
 // The matrix of logits; rows and columns number less than 2^31.
@@ -90,9 +120,13 @@ struct CpuKernels {
   bool bfloat16;  // whether operands may be bfloat16; float32 they always may
   void (*perturb_normalize)(const PerturbNormalize&);
   void (*perturb_normalize_backward)(const PerturbNormalizeBackward&);
+  void (*pair_losses)(const PairLosses&);
   void (*contrastive_stats)(const ContrastiveStats&);
   void (*contrastive_grads)(const ContrastiveGrads&);
-  // Bytes of the workspaces of the two above, from extents, operand_dtype and threads alone.
+  // Bytes of the workspaces of those above that have one, from extents, operand_dtype, threads and null addresses
+  // alone.
+  std::int64_t (*perturb_normalize_backward_workspace)(const PerturbNormalizeBackward&);
+  std::int64_t (*pair_losses_workspace)(const PairLosses&);
   std::int64_t (*contrastive_stats_workspace)(const ContrastiveStats&);
   std::int64_t (*contrastive_grads_workspace)(const ContrastiveGrads&);
 };

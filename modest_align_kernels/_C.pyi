@@ -59,14 +59,40 @@ class PerturbNormalizeBackward(TypedDict):
     inv_norm: int
     pair_hat: int
     pair_weight: int
-    offset: int
+    scale: int
     factor: int
+    smoothing: int
+    ids: int
+    pair_ids: int
+    negative_weight: int
+    pair_negative_weight: int
     dx: int
     dx_dtype: int
     row_dot: int
     rows: int
     pairs: int
+    pair_rows: int
     features: int
+    width: int
+
+class PairLosses(Extents):
+    row_lse: int
+    col_lse: int
+    pair_dot: int
+    scale: int
+    losses: int
+    row_weight: int
+    col_weight: int
+    pair_weight: int
+    smoothing: int
+    x_hat: int
+    y_hat: int
+    operand_dtype: int
+    row_ids: int
+    col_ids: int
+    slope: int
+    row_negative_weight: int
+    col_negative_weight: int
     width: int
 
 class OnCpu(TypedDict):
@@ -77,13 +103,31 @@ class OnCuda(TypedDict):
     cuda_stream: int
 
 class CpuPerturbNormalize(PerturbNormalize, OnCpu): ...
-class CpuPerturbNormalizeBackward(PerturbNormalizeBackward, OnCpu): ...
+
+class CpuPerturbNormalizeBackward(PerturbNormalizeBackward, OnCpu):
+    workspace: int
+
+class CpuPairLosses(PairLosses, OnCpu):
+    workspace: int
+
 class CpuContrastiveStats(ContrastiveStats, OnCpu): ...
 
 class CpuContrastiveGrads(Softmaxes, OnCpu):
     grad_x: int
     grad_y: int
     workspace: int
+
+class CpuPerturbNormalizeBackwardWorkspace(TypedDict):
+    smoothing: int
+    pair_ids: int
+    pairs: int
+    width: int
+
+class CpuPairLossesWorkspace(Extents):
+    smoothing: int
+    row_ids: int
+    col_ids: int
+    width: int
 
 class CpuWorkspace(Extents, OnCpu):
     width: int
@@ -118,8 +162,11 @@ def set_cpu_level(level: str) -> bool: ...
 def cpu_bfloat16() -> bool: ...
 def cpu_perturb_normalize(**arguments: Unpack[CpuPerturbNormalize]) -> None: ...
 def cpu_perturb_normalize_backward(**arguments: Unpack[CpuPerturbNormalizeBackward]) -> None: ...
+def cpu_pair_losses(**arguments: Unpack[CpuPairLosses]) -> None: ...
 def cpu_contrastive_stats(**arguments: Unpack[CpuContrastiveStats]) -> None: ...
 def cpu_contrastive_grads(**arguments: Unpack[CpuContrastiveGrads]) -> None: ...
+def cpu_perturb_normalize_backward_workspace(**arguments: Unpack[CpuPerturbNormalizeBackwardWorkspace]) -> int: ...
+def cpu_pair_losses_workspace(**arguments: Unpack[CpuPairLossesWorkspace]) -> int: ...
 def cpu_contrastive_stats_workspace(**arguments: Unpack[CpuWorkspace]) -> int: ...
 def cpu_contrastive_grads_workspace(**arguments: Unpack[CpuWorkspace]) -> int: ...
 def cuda_error_string(status: int) -> str: ...

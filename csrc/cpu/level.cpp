@@ -11,8 +11,11 @@ const CpuKernels kernels{MODEST_ALIGN_STRING(MODEST_ALIGN_LEVEL),
                          kBFloat16,
                          perturb_normalize,
                          perturb_normalize_backward,
+                         pair_losses,
                          contrastive_stats,
                          contrastive_grads,
+                         perturb_normalize_backward_workspace,
+                         pair_losses_workspace,
                          contrastive_stats_workspace,
                          contrastive_grads_workspace};
 

@@ -2,7 +2,7 @@
 
 #include "../philox.h"
 #include "level.h"
-#include "parallel.h"
+#include "negated_sums.h"
 
 namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
@@ -128,26 +128,42 @@ void normalize_row(const PerturbNormalize& a, int64_t row) {
   if (pair_hat) a.pair_dot[row] = static_cast<float>(sum(dot));
 }
 
-template <class Operand, class Output>
-void backward_row(const PerturbNormalizeBackward& a, int64_t row) {
+// The other side's sums, for the smoothing.
+NegatedSums take_sums(Arena& arena, const PerturbNormalizeBackward& a) {
+  return a.smoothing ? NegatedSums::take(arena, a.pair_ids, a.pairs, a.width, true) : NegatedSums{};
+}
+
+template <class Operand, class Output, bool smoothed>
+void backward_row(const PerturbNormalizeBackward& a, const NegatedSums& sums, int64_t row) {
   const Operand* x_hat = static_cast<const Operand*>(a.x_hat) + row * a.width;
   const bool paired = row < a.pairs;
-  const float* offset = paired ? a.offset : a.offset + a.width;
   const float weight = paired ? a.pair_weight[row] : 0.0f;
   const Operand* pair_hat = static_cast<const Operand*>(a.pair_hat) + (paired ? row : 0) * a.width;
+  const float *plain = nullptr, *weighted = nullptr;
+  float smoothing = 0.0f, negative_weight = 0.0f;
+  if (smoothed) {
+    plain = sums.of(sums.plain, a.ids, row);
+    weighted = sums.of(sums.weighted, a.ids, row);
+    smoothing = *a.smoothing;
+    negative_weight = paired ? a.negative_weight[row] : 0.0f;
+  }
   const auto gradient = [&](int64_t d) {
-    const Vec g = load<Vec>(a.grad + row * a.width + d) + load<Vec>(offset + d);
-    return (paired ? g + load_vector(pair_hat + d) * weight : g) * *a.factor;
+    Vec g = load<Vec>(a.grad + row * a.width + d);
+    if (paired) g += load_vector(pair_hat + d) * weight;
+    if (smoothed) g += (load<Vec>(plain + d) * negative_weight + load<Vec>(weighted + d)) * smoothing;
+    return g;
   };
   Vec products = {};
   for (int64_t d = 0; d < a.width; d += kLanes) products += load_vector(x_hat + d) * gradient(d);
   const float dot = static_cast<float>(sum(products));
-  a.row_dot[row] = dot;
-  // A row whose norm was below 1e-12 was divided by a constant: no projection there.
-  const float projection = a.inv_norm[row] < 1 / kMinNorm ? dot : 0.0f;
+  a.row_dot[row] = dot * *a.factor;
+  const float inverse = a.inv_norm[row], last = inverse * (*a.factor * *a.scale);
+  // A row whose norm was below 1e-12 was divided by a constant, and has no gradient. A NaN's stays.
+  const bool divided_by_constant = inverse >= 1 / kMinNorm;
   Output* dx = static_cast<Output*>(a.dx) + row * a.features;
   for (int64_t d = 0; d < a.features; d += kLanes) {
-    store_ragged(dx, d, a.features, (gradient(d) - load_vector(x_hat + d) * projection) * a.inv_norm[row]);
+    const Vec result = (gradient(d) - load_vector(x_hat + d) * dot) * last;
+    store_ragged(dx, d, a.features, divided_by_constant ? Vec{} : result);
   }
 }
 
@@ -174,10 +190,28 @@ void perturb_normalize(const PerturbNormalize& a) {
 }
 
 void perturb_normalize_backward(const PerturbNormalizeBackward& a) {
+  const int parts = useful_threads(a.threads, a.rows * a.width * (a.smoothing ? 64 : 16));
   with_elements(a.operand_dtype, a.dx_dtype, [&](auto* in, auto* out) {
-    parallel_rows(a.threads, a.rows, a.rows * a.width * 16,
-                  [&](int64_t row) { backward_row<Pointed<decltype(in)>, Pointed<decltype(out)>>(a, row); });
+    using In = Pointed<decltype(in)>;
+    using Out = Pointed<decltype(out)>;
+    with_team(parts, [&](Team& team) {
+      Arena arena{static_cast<char*>(a.workspace)};
+      const NegatedSums sums = take_sums(arena, a);
+      if (a.smoothing) {
+        fill(sums, team, static_cast<const In*>(a.pair_hat), a.pair_rows, a.pair_ids, a.pair_negative_weight, a.pairs);
+      }
+      const auto backward = a.smoothing ? backward_row<In, Out, true> : backward_row<In, Out, false>;
+      parallel(team, parts, [&](int64_t part, int) {
+        for (int64_t i = a.rows * part / parts; i < a.rows * (part + 1) / parts; ++i) backward(a, sums, i);
+      });
+    });
   });
+}
+
+int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward& a) {
+  Arena arena{nullptr};
+  take_sums(arena, a);
+  return arena.next - static_cast<char*>(nullptr);
 }
 
 }  // namespace MODEST_ALIGN_LEVEL

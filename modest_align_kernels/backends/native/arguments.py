@@ -15,18 +15,21 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _OPERANDS = {"x_hat", "y_hat", "pair_hat"}
-_DTYPES = {"seed": torch.int64, "row_ids": torch.int32, "col_ids": torch.int32}  # of all others float32
-_SHAPES: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
-    **dict.fromkeys(("seed", "noise_std", "factor", "scale"), lambda e: ()),
-    **dict.fromkeys(("x", "dx"), lambda e: (e["rows"], e["features"])),
-    **dict.fromkeys(("x_hat", "grad", "grad_x"), lambda e: (e["rows"], e["width"])),
-    **dict.fromkeys(("y_hat", "grad_y"), lambda e: (e["columns"], e["width"])),
-    **dict.fromkeys(("inv_norm", "row_dot", "row_lse", "row_weight", "row_ids"), lambda e: (e["rows"],)),
-    **dict.fromkeys(("col_lse", "col_weight"), lambda e: (e["col_count"],)),
-    **dict.fromkeys(("pair_dot", "pair_weight"), lambda e: (e["pairs"],)),
-    "col_ids": lambda e: (e["columns"],),
-    "pair_hat": lambda e: (e["pairs"], e["width"]),
-    "offset": lambda e: (2, e["width"]),
+# Of all others float32.
+_DTYPES = {"seed": torch.int64, **dict.fromkeys(("ids", "pair_ids", "row_ids", "col_ids"), torch.int32)}
+# Of each tensor the extents, in the words of csrc/kernels.h.
+_SHAPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("seed", "noise_std", "factor", "scale", "smoothing"), ()),
+    **dict.fromkeys(("x", "dx"), ("rows", "features")),
+    **dict.fromkeys(("x_hat", "grad", "grad_x"), ("rows", "width")),
+    **dict.fromkeys(("y_hat", "grad_y"), ("columns", "width")),
+    **dict.fromkeys(("inv_norm", "row_dot", "ids", "row_lse", "row_weight", "row_ids"), ("rows",)),
+    **dict.fromkeys(("losses", "slope", "row_negative_weight", "col_negative_weight"), ("rows",)),
+    **dict.fromkeys(("col_lse", "col_weight"), ("col_count",)),
+    **dict.fromkeys(("pair_dot", "pair_weight", "negative_weight", "pair_negative_weight"), ("pairs",)),
+    "col_ids": ("columns",),
+    "pair_ids": ("pair_rows",),
+    "pair_hat": ("pair_rows", "width"),
 }
 
 
@@ -43,10 +46,13 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
         ValueError: a tensor is on another device, not contiguous, or of another shape, or operands are of a dtype that
             the kernels do not have: they would be read and written past their end.
     """
-    operand_dtype = values["x_hat"].dtype
+    hat = values["x_hat"]
+    operand_dtype = operands[0] if hat is None else hat.dtype
     if operand_dtype not in operands:
         raise ValueError(f"operand_dtype: got {operand_dtype}, want {' or '.join(map(str, operands))} here")
     extents = _extents(values)
+    # What a function does not say by a name of its own: all rows are paired, or all that are there.
+    all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs"), **extents}
     given: dict[str, Any] = {"operand_dtype": DTYPES[operand_dtype], **extents}
     for name, value in values.items():
         if name not in _SHAPES:
@@ -62,7 +68,7 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
             dtype = value.dtype
             given[f"{name}_dtype"] = DTYPES[dtype]
         dense = name == "x" or value.is_contiguous()
-        shape = _SHAPES[name](extents)
+        shape = tuple([all_extents[extent] for extent in _SHAPES[name]])
         if not (dense and value.dtype == dtype and value.shape == shape and value.device == device):
             raise _refusal(name, value, dtype, device, shape)
         given[name] = value.data_ptr()
@@ -70,12 +76,17 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
 
 
 def _extents(values: dict[str, Any]) -> dict[str, int]:
-    rows, width = values["x_hat"].shape
     if "y_hat" in values:
-        return {"rows": rows, "columns": len(values["y_hat"]), "col_count": len(values["col_lse"]), "width": width}
-    pairs = 0 if values["pair_hat"] is None else len(values["pair_hat"])
-    features = values["x" if "x" in values else "dx"].shape[1]
-    return {"rows": rows, "pairs": pairs, "features": features, "width": width}
+        rows = len(values["row_lse"])
+        columns, width = (rows, 0) if values["y_hat"] is None else values["y_hat"].shape
+        return {"rows": rows, "columns": columns, "col_count": len(values["col_lse"]), "width": width}
+    rows, width = values["x_hat"].shape
+    pair_hat = values["pair_hat"]
+    if "x" in values:
+        pairs = 0 if pair_hat is None else len(pair_hat)
+        return {"rows": rows, "pairs": pairs, "features": values["x"].shape[1], "width": width}
+    extents = {"rows": rows, "pairs": len(values["pair_weight"]), "pair_rows": len(pair_hat)}
+    return extents | {"features": values["dx"].shape[1], "width": width}
 
 
 def _refusal(
