@@ -54,9 +54,8 @@ def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tupl
     rows, in_order = row_ids.shape[0], row_ids.sort().values
     row_numbers = torch.searchsorted(in_order, row_ids, out_int32=True)
     if col_ids is None:
-        if columns == rows:
-            return row_numbers, row_numbers
-        return row_numbers, torch.nn.functional.pad(row_numbers, (0, columns - rows), value=rows)
+        # Without extra columns a copy: Dynamo refuses one tensor as two inputs of a Function.
+        return row_numbers, torch.cat((row_numbers, row_numbers.new_full((columns - rows,), rows)))
     first = torch.searchsorted(in_order, col_ids, out_int32=True)
     end = torch.searchsorted(in_order, col_ids, out_int32=True, right=True)
     return row_numbers, first.masked_fill_(first == end, rows)
@@ -142,11 +141,6 @@ class ContrastiveLoss(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Raise."""
         raise RuntimeError("modest_align_loss has no torch.vmap: got several batches at once, want one call for each")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Raise."""
-        raise RuntimeError("modest_align_loss has no forward-mode derivative (jvp, hessian), want backward or grad")
 
 
 # apply() asks for the signature in every call, and would parse it each time.

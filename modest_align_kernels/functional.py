@@ -47,8 +47,9 @@ def modest_align_loss(
     Smoothing. With ``noise_std=0`` and ``smoothing=0`` this is CLIP's loss. Label smoothing of PyTorch's kind, e, which
     also gives mass to the positive, is ``smoothing = e * (N - 1) / N``.
 
-    Gradients flow to the features, to ``logit_scale`` and to ``smoothing`` if these are tensors that ask for them.
-    A second derivative raises RuntimeError. ``torch.manual_seed`` governs the noise; each call draws fresh noise.
+    Gradients flow to the features, to ``logit_scale`` and to ``smoothing`` if these are tensors that ask for them. A
+    row whose norm is below 1e-12 has a gradient of zero: the formula's is up to 1e12 times that of other rows. A second
+    derivative raises RuntimeError. ``torch.manual_seed`` governs the noise; each call draws fresh noise.
 
     Args:
         image_features: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised.
@@ -97,6 +98,8 @@ def modest_align_loss(
     if rows == 0:
         # Sums over nothing, so that whoever asks for gradients gets zeros.
         return image_features.to(dtype).sum() + text_features[:0].to(dtype).sum() + 0.0 * scale
+    if text_features is image_features:
+        text_features = text_features.view_as(text_features)  # Dynamo refuses one tensor as two inputs of a Function
     row_ids = col_ids = None
     if given_ids is not None:
         row_ids, col_ids = number_groups(*given_ids, text_features.shape[0])

@@ -8,7 +8,7 @@ keyword say what is allocated, and by which backend it is filled. They have no g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from modest_align_kernels.backends import accumulation_dtype
 from modest_align_kernels.backends.contract import (
@@ -170,3 +171,15 @@ def contrastive_grads(
         scale.new_empty(x_hat.shape if want_x else (0, x_hat.shape[1])),
         scale.new_empty(y_hat.shape if want_y else (0, y_hat.shape[1])),
     )
+
+
+@register_flop_formula(torch.ops.modest_align.contrastive_stats)
+def _stats_flops(x_hat_shape: Sequence[int], y_hat_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """One matmul, of operands as wide as the backend has them."""
+    return 2 * x_hat_shape[0] * y_hat_shape[0] * x_hat_shape[1]
+
+
+@register_flop_formula(torch.ops.modest_align.contrastive_grads)
+def _grads_flops(*shapes: Any, want_x: bool, want_y: bool, **_: Any) -> int:
+    """The logits again, and a matmul for each side that is wanted."""
+    return (1 + want_x + want_y) * _stats_flops(*shapes)

@@ -169,9 +169,9 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     if row_ids is not None and col_ids is not None:
         paired_ids = col_ids[:pairs]
         apart = (row_ids != paired_ids).to(apart.dtype)
-        for negatives, ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
+        for negatives, all_ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
             counts = negatives.new_zeros(pairs + 1)
-            _add_rows(counts, ids, counts.new_ones(len(ids)))
+            _add_rows(counts, all_ids, counts.new_ones(len(all_ids)))
             negatives.sub_(counts[of_ids])
     on_pair = torch.zeros_like(pair_dot)
     slope.zero_()

@@ -5,7 +5,6 @@ The compiled kernels see no dtype, no strides and no device: what they would mis
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
         raise ValueError(f"operand_dtype: got {operand_dtype}, want {' or '.join(map(str, operands))} here")
     extents = _extents(values)
     # What a function does not say by a name of its own: all rows are paired, or all that are there.
-    all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs"), **extents}
+    all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs", 0), **extents}
     given: dict[str, Any] = {"operand_dtype": DTYPES[operand_dtype], **extents}
     for name, value in values.items():
         if name not in _SHAPES:
