@@ -32,8 +32,9 @@ from modest_align_kernels.backends.contract import (
 from modest_align_kernels.backends.registry import BACKENDS, operand_width
 
 _library = torch.library.Library("modest_align", "DEF")
-# A tensor of a class of its own has the dispatcher call what it wants.
+# A tensor of a class of its own has the dispatcher call what it wants, and so has torch.func's, whose class is Tensor.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int}
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _Allocation = TypeVar("_Allocation", bound=Callable[..., Any])
 
 
@@ -85,7 +86,7 @@ def _observed(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
         or args[0].is_meta
-        or not all(type(arg) in _PLAIN for arg in args)
+        or not all(type(arg) in _PLAIN and not (isinstance(arg, Tensor) and _wrapped(arg)) for arg in args)
     )
 
 
