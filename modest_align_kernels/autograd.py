@@ -14,8 +14,9 @@ mass is on the positive. The gradient to x_hat_i is, with sigma the logistic fun
 of which the first term is ``contrastive_grads`` with the weights sigma(rho_i - p_i) and sigma(kappa_j - p_j), and the
 rest is added in float32.
 
-Saved are x_hat and y_hat (in the operands' dtype), their inverse norms and four vectors of length B; the noise is
-neither saved nor drawn again, because adding it has the identity as its Jacobian.
+Saved are x_hat and y_hat (in the operands' dtype), their inverse norms, four vectors of length B, and what the backend
+keeps of the exponentials; the noise is neither saved nor drawn again, because adding it has the identity as its
+Jacobian.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Options(NamedTuple):
     paired_groups: bool  # the columns' group ids are the rows'
     operand_dtype: torch.dtype
     backend: str
+    keep: bool  # a backward can follow: the forward may leave exponentials for it
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -211,7 +213,7 @@ class ContrastiveLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Args as :func:`modest_align_kernels.modest_align_loss`; ``smoothing`` None is none at all."""
         rows = x.shape[0]
-        relative_noise, symmetric, _, operand_dtype, backend = options
+        relative_noise, symmetric, _, operand_dtype, backend, _ = options
 
         def perturb_normalize(features: Tensor, noise_stream: int, pair_hat: Tensor | None) -> tuple[Tensor, ...]:
             noise = seed, noise_std, noise_stream, relative_noise
@@ -219,8 +221,11 @@ class ContrastiveLoss(torch.autograd.Function):
 
         x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
         y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
-        row_lse, col_lse = ops.contrastive_stats(
-            x_hat, y_hat, scale, row_ids, col_ids, True, col_count=rows if symmetric else 0, backend=backend
+        row_lse, col_lse, exponentials = ops.contrastive_stats(
+            *(x_hat, y_hat, scale, row_ids, col_ids, True),
+            col_count=rows if symmetric else 0,
+            keep=options.keep,
+            backend=backend,
         )
         # rho - p and kappa - p
         row_margin = torch.addcmul(row_lse, pair_dot, scale, value=-1)
@@ -239,7 +244,8 @@ class ContrastiveLoss(torch.autograd.Function):
         operands = x_hat, y_hat, x_inv_norm, y_inv_norm
         margins = row_margin, col_margin
         ctx.save_for_backward(
-            row_lse, col_lse, *margins, *operands, row_ids, col_ids, scale, smoothing, slope, *smoothed
+            *(row_lse, col_lse, *margins, *operands, exponentials),
+            *(row_ids, col_ids, scale, smoothing, slope, *smoothed),
         )
         ctx.set_materialize_grads(False)
         # An output that is saved leads a second differentiation of the gradients back to here.
@@ -258,8 +264,8 @@ class ContrastiveLoss(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    row_lse, col_lse, row_margin, col_margin, x_hat, y_hat, x_inv_norm, y_inv_norm, *target_tensors = ctx.saved_tensors
-    row_ids, col_ids, scale, smoothing, slope, *smoothed = target_tensors
+    row_lse, col_lse, row_margin, col_margin, x_hat, y_hat, x_inv_norm, y_inv_norm, *others = ctx.saved_tensors
+    exponentials, row_ids, col_ids, scale, smoothing, slope, *smoothed = others
     symmetric, backend, rows = ctx.options.symmetric, ctx.options.backend, x_hat.shape[0]
     want_x, want_y, want_scale, want_smoothing = ctx.needs_input_grad[:4]
     # <x_hat, dL/dx_hat> = <y_hat, dL/dy_hat> = scale dL/dscale: either side gives the scale's gradient.
@@ -272,7 +278,7 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     row_weight, col_weight = torch.sigmoid(row_margin), torch.sigmoid(col_margin)
     pair_weight = (row_weight + col_weight if symmetric else row_weight).neg()
     grad_x, grad_y = ops.contrastive_grads(
-        *(x_hat, y_hat, scale, row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True),
+        *(x_hat, y_hat, scale, row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True, exponentials),
         want_x=run_x,
         want_y=want_y,
         backend=backend,

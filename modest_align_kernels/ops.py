@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modest_align_kernels.backends import accumulation_dtype
 from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
-from modest_align_kernels.backends.registry import BACKENDS, operand_width
+from modest_align_kernels.backends.registry import BACKENDS, exponentials_shape, operand_width
 
 _library = torch.library.Library("modest_align", "DEF")
 _Allocation = TypeVar("_Allocation", bound=Callable[..., Any])
@@ -99,7 +99,7 @@ def perturb_normalize_backward(
     return x_hat.new_empty((x_hat.shape[0], features), dtype=dtype), torch.empty_like(inv_norm)
 
 
-@_operator(lambda *arguments: (Logits(*arguments[:6]), *arguments[6:]))
+@_operator(lambda *a: (Logits(*a[:6], exponentials=a[8]), *a[6:8]))
 def contrastive_stats(
     x_hat: Tensor,
     y_hat: Tensor,
@@ -109,13 +109,16 @@ def contrastive_stats(
     exclude_diagonal: bool,
     *,
     col_count: int,
+    keep: bool = False,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """row_lse [B], col_lse [col_count]."""
-    return scale.new_empty(x_hat.shape[0]), scale.new_empty(col_count)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row_lse [B], col_lse [col_count], and with ``keep`` the exponentials for ``contrastive_grads``, else empty."""
+    rows, columns = x_hat.shape[0], y_hat.shape[0]
+    kept = exponentials_shape(rows, columns, x_hat.dtype, x_hat.device.type, backend) if keep else (0, 0)
+    return scale.new_empty(rows), scale.new_empty(col_count), x_hat.new_empty(kept)
 
 
-@_operator(lambda *a: (Logits(*a[:3], *a[7:10]), Softmaxes(*a[3:7]), *a[10:]))
+@_operator(lambda *a: (Logits(*a[:3], *a[7:-2]), Softmaxes(*a[3:7]), *a[-2:]))
 def contrastive_grads(
     x_hat: Tensor,
     y_hat: Tensor,
@@ -127,6 +130,7 @@ def contrastive_grads(
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     exclude_diagonal: bool,
+    exponentials: Tensor | None = None,
     *,
     want_x: bool,
     want_y: bool,

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modest_align_kernels.backends import round_up
+
 # The codes of Dtype in csrc/kernels.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_OPERANDS = {"x_hat", "y_hat", "pair_hat"}
+_OPERANDS = {"x_hat", "y_hat", "pair_hat", "exponentials"}
 _DTYPES = {"seed": torch.int64, "row_ids": torch.int32, "col_ids": torch.int32}  # of all others float32
 _SHAPES: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     **dict.fromkeys(("seed", "noise_std", "factor", "scale"), lambda e: ()),
@@ -27,6 +29,11 @@ _SHAPES: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
     "col_ids": lambda e: (e["columns"],),
     "pair_hat": lambda e: (e["pairs"], e["width"]),
     "offset": lambda e: (2, e["width"]),
+    # What kernels.h wants of it, and beyond that any number of rows.
+    "exponentials": lambda e: (
+        e["rows"] - min(round_up(max(e["rows"] - e["kept_rows"], 0), 24), (e["rows"] - 1) // 24 * 24),
+        max(e["kept_stride"], round_up(e["columns"], 32) + 16),
+    ),
 }
 
 
@@ -52,7 +59,7 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
         if name not in _SHAPES:
             given[name] = value
             continue
-        if value is None:
+        if value is None or (name == "exponentials" and extents["kept_rows"] == 0):
             given[name] = 0
             continue
         dtype = operand_dtype if name in _OPERANDS else _DTYPES.get(name, torch.float32)
@@ -72,7 +79,10 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
 def _extents(values: dict[str, Any]) -> dict[str, int]:
     rows, width = values["x_hat"].shape
     if "y_hat" in values:
-        return {"rows": rows, "columns": len(values["y_hat"]), "col_count": len(values["col_lse"]), "width": width}
+        columns, col_count = len(values["y_hat"]), len(values["col_lse"])
+        kept_rows, kept_stride = (0, 0) if values["exponentials"] is None else values["exponentials"].shape
+        kept = {"kept_rows": kept_rows, "kept_stride": kept_stride}
+        return {"rows": rows, "columns": columns, "col_count": col_count, "width": width, **kept}
     pairs = 0 if values["pair_hat"] is None else len(values["pair_hat"])
     features = values["x" if "x" in values else "dx"].shape[1]
     return {"rows": rows, "pairs": pairs, "features": features, "width": width}
