@@ -99,7 +99,7 @@ def perturb_normalize_backward(
     return x_hat.new_empty((x_hat.shape[0], features), dtype=dtype), torch.empty_like(inv_norm)
 
 
-@_operator(lambda *a: (Logits(*a[:6], exponentials=a[8]), *a[6:8]))
+@_operator(lambda *a: (Logits(*a[:6])._replace(exponentials=a[8]), *a[6:8]))
 def contrastive_stats(
     x_hat: Tensor,
     y_hat: Tensor,
