@@ -169,6 +169,7 @@ void run(const ContrastiveStats& a, Team& team) {
   const Matrix<Operand> m(a);
   const Workspace w(static_cast<char*>(a.workspace), a, m.steps);
   if (m.may_share_shift()) {
+    prefer_huge_pages(a.exponentials, a.kept_rows * a.kept_stride * static_cast<int64_t>(sizeof(typename Operand::Element)));
     collect_all<Operand, Collect::sums>(m, w, team);
     const auto shift = [&](int64_t) { return m.shift; };
     const bool rows_exact = logsumexps(w.row_total, a.rows, a.row_lse, shift);
