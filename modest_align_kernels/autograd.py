@@ -15,9 +15,9 @@ gradient to x_hat_i is, with sigma the logistic function,
 of which the first term is ``contrastive_grads`` with the weights sigma(rho_i - p_i) and sigma(kappa_j - p_j), and the
 rest is added in float32 by ``perturb_normalize_backward``.
 
-Saved are x_hat and y_hat (in the operands' dtype), their inverse norms and some vectors of length B; the sums over
-groups are made again, and the noise is neither saved nor drawn again, because adding it has the identity as its
-Jacobian.
+Saved are x_hat and y_hat (in the operands' dtype), their inverse norms, some vectors of length B, and what the backend
+keeps of the exponentials; the sums over groups are made again, and the noise is neither saved nor drawn again, because
+adding it has the identity as its Jacobian.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Options(NamedTuple):
     symmetric: bool
     operand_dtype: torch.dtype
     backend: str
+    keep: bool  # a backward can follow: the forward may leave exponentials for it
 
 
 def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
@@ -107,13 +108,16 @@ class ContrastiveLoss(torch.autograd.Function):
 
         x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
         y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
-        row_lse, col_lse = ops.contrastive_stats(
-            x_hat, y_hat, scale, row_ids, col_ids, True, col_count=rows if options.symmetric else 0, backend=backend
+        row_lse, col_lse, exponentials = ops.contrastive_stats(
+            *(x_hat, y_hat, scale, row_ids, col_ids, True),
+            col_count=rows if options.symmetric else 0,
+            keep=options.keep,
+            backend=backend,
         )
         losses, *of_pairs = ops.pair_losses(
             row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
         )
-        return losses.mean(), row_lse, col_lse, x_hat, y_hat, x_inv_norm, y_inv_norm, *of_pairs
+        return losses.mean(), row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,9 +152,8 @@ ContrastiveLoss.forward.__signature__ = inspect.signature(ContrastiveLoss.forwar
 
 
 def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    row_lse, col_lse, x_hat, y_hat, x_inv_norm, y_inv_norm, row_weight, col_weight, pair_weight, *more = (
-        ctx.saved_tensors
-    )
+    row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *more = ctx.saved_tensors
+    row_weight, col_weight, pair_weight, *more = more
     slope, row_negative_weight, col_negative_weight, scale, smoothing, row_ids, col_ids = more
     backend, rows = ctx.options.backend, x_hat.shape[0]
     want_x, want_y, want_scale, want_smoothing = ctx.needs_input_grad[:4]
@@ -162,7 +165,7 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, d_smoothing
 
     grad_x, grad_y = ops.contrastive_grads(
-        *(x_hat, y_hat, scale, row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True),
+        *(x_hat, y_hat, scale, row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True, exponentials),
         want_x=run_x,
         want_y=want_y,
         backend=backend,

@@ -107,7 +107,9 @@ def modest_align_loss(
     if noise_std > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
         noise = _as_tensor(noise_std, dtype, device)
-    options = Options(relative_noise, symmetric, operand_dtype, backend)
+    # Inside an autograd.Function gradients are always off.
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (image_features, text_features, scale))
+    options = Options(relative_noise, symmetric, operand_dtype, backend, keep)
     loss: Tensor = ContrastiveLoss.apply(
         image_features, text_features, scale, mass, row_ids, col_ids, seed, noise, options
     )[0]

@@ -29,7 +29,7 @@ from modest_align_kernels.backends.contract import (
     SmoothedLosses,
     Softmaxes,
 )
-from modest_align_kernels.backends.registry import BACKENDS, operand_width
+from modest_align_kernels.backends.registry import BACKENDS, exponentials_shape, operand_width
 
 _library = torch.library.Library("modest_align", "DEF")
 # A tensor of a class of its own has the dispatcher call what it wants, and so has torch.func's, whose class is Tensor.
@@ -81,10 +81,10 @@ def _observed(args: tuple[Any, ...]) -> bool:
     """Whether anyone would notice that the dispatcher, some 20 us for each operator, was passed by."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or args[0].is_meta
         or not all(type(arg) in _PLAIN and not (isinstance(arg, Tensor) and _wrapped(arg)) for arg in args)
     )
@@ -155,7 +155,7 @@ def pair_losses(
     return losses, *weights, *smoothed  # type: ignore[return-value]
 
 
-@_operator(lambda *arguments: (Logits(*arguments[:6]), *arguments[6:]))
+@_operator(lambda *a: (Logits(*a[:6])._replace(exponentials=a[8]), *a[6:8]))
 def contrastive_stats(
     x_hat: Tensor,
     y_hat: Tensor,
@@ -165,13 +165,16 @@ def contrastive_stats(
     exclude_diagonal: bool,
     *,
     col_count: int,
+    keep: bool = False,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """row_lse [B], col_lse [col_count]."""
-    return scale.new_empty(x_hat.shape[0]), scale.new_empty(col_count)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row_lse [B], col_lse [col_count], and with ``keep`` the exponentials for ``contrastive_grads``, else empty."""
+    rows, columns = x_hat.shape[0], y_hat.shape[0]
+    kept = exponentials_shape(rows, columns, x_hat.dtype, x_hat.device.type, backend) if keep else (0, 0)
+    return scale.new_empty(rows), scale.new_empty(col_count), x_hat.new_empty(kept)
 
 
-@_operator(lambda *a: (Logits(*a[:3], *a[7:10]), Softmaxes(*a[3:7]), *a[10:]))
+@_operator(lambda *a: (Logits(*a[:3], *a[7:-2]), Softmaxes(*a[3:7]), *a[-2:]))
 def contrastive_grads(
     x_hat: Tensor,
     y_hat: Tensor,
@@ -183,6 +186,7 @@ def contrastive_grads(
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     exclude_diagonal: bool,
+    exponentials: Tensor | None = None,
     *,
     want_x: bool,
     want_y: bool,
@@ -203,5 +207,7 @@ def _stats_flops(x_hat_shape: Sequence[int], y_hat_shape: Sequence[int], *_: Any
 
 @register_flop_formula(torch.ops.modest_align.contrastive_grads)
 def _grads_flops(*shapes: Any, want_x: bool, want_y: bool, **_: Any) -> int:
-    """The logits again, and a matmul for each side that is wanted."""
-    return (1 + want_x + want_y) * _stats_flops(*shapes)
+    """A matmul for each side that is wanted, and the logits of the rows again whose exponentials were not kept."""
+    (rows, width), (columns, _), exponentials = *shapes[:2], shapes[10]
+    recomputed = rows - (exponentials[0] if exponentials else 0)
+    return int(2 * columns * width * (recomputed + rows * (want_x + want_y)))

@@ -146,7 +146,7 @@ def test_operators_keep_their_contracts(backend: str) -> None:
     for col_count in (6, 9, 0):
         args = (x_hat, y_hat, scale, row_ids, col_ids, True)
         torch.library.opcheck(op.contrastive_stats, args, {"col_count": col_count, **where}, test_utils=checks)
-    row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, None, True, col_count=6, **where)
+    row_lse, col_lse, _ = op.contrastive_stats(x_hat, y_hat, scale, None, None, True, col_count=6, **where)
     for want_x, want_y in ((True, True), (False, True), (True, False)):
         args = (x_hat, y_hat, scale, row_lse, col_lse, row_lse.cos(), col_lse.cos(), row_ids, col_ids, False)
         wanted = {"want_x": want_x, "want_y": want_y, **where}
@@ -205,8 +205,8 @@ def test_a_step_is_few_calls(mode: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_flops_are_counted(backend: str) -> None:
     x, y = make_features(Case("", 24, 40, 64), torch.float32)
-    of_a_matmul = 2 * 24 * 40 * 64
-    for wanted, matmuls in (((True, True), 4), ((True, False), 3), ((False, False), 1)):
+    of_a_matmul, again = 2 * 24 * 40 * 64, backend != "native"  # which keeps the exponentials of so few rows
+    for wanted, matmuls in (((True, True), 3 + again), ((True, False), 2 + again), ((False, False), 1)):
         features = [t.clone().requires_grad_(is_wanted) for t, is_wanted in zip((x, y), wanted, strict=True)]
         with FlopCounterMode(display=False) as counter:
             loss = modest_align_loss(*features, 14.3, smoothing=0.1, backend=backend)

@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../kernels.h"
 
 #define MODEST_ALIGN_LEVEL baseline  // of parallel.h, whose declarations alone are wanted
@@ -122,6 +126,15 @@ void run_team(int threads, void (*body)(void*, Team&), void* context) {
   }
   enter(&call);
   for (std::thread& helper : helpers) helper.join();
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
+#ifdef __linux__
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory), end = begin + static_cast<std::uintptr_t>(bytes);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 namespace baseline {

@@ -40,7 +40,8 @@ def _experiment() -> str | None:
 
 # What is tried instead of what is there.
 EXPERIMENT = _experiment()
-# What a backend may hold at once beyond its results: partial sums, or a block of G.
+# What a backend may hold at once beyond its results: partial sums, a block of G, or on a CPU the exponentials that are
+# kept from the forward to the backward.
 WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
@@ -61,6 +62,8 @@ class Backend:
         why_not: why it cannot run on a device, for features of a dtype and a number (None asks about the device alone),
             in one sentence; None if it can.
         module: for a device type, the module that has the four functions; imported when first used.
+        exponentials_shape: for B, N, the operands' dtype and a device type, the shape of what contrastive_stats keeps
+            for contrastive_grads (:class:`~modest_align_kernels.backends.contract.Logits`); without rows: nothing.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Backend:
     width_multiple: int
     why_not: Callable[[torch.device, torch.dtype | None, int | None], str | None]
     module: Callable[[str], str]
+    exponentials_shape: Callable[[int, int, torch.dtype, str], tuple[int, int]] = lambda *shape: (0, 0)
 
 
 def computed_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modest_align_kernels.backends import GPU_FEATURES, Backend, computed_dtype
+from modest_align_kernels.backends import GPU_FEATURES, WORKSPACE_BYTES, Backend, computed_dtype, round_up
 
 try:
     from modest_align_kernels import _C
@@ -42,6 +42,17 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
     return None
 
 
+def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
+    """As many of the last rows as fit the workspace, with the strides and the first row that csrc/kernels.h wants."""
+    if device_type != "cpu":
+        return 0, 0
+    # Rounded up to a cache line, and one more: rows a multiple of a page apart would all fall into the same few sets
+    # of a cache. The padding does not count, or 8,192 x 8,192 would just miss 256 MiB.
+    stride = round_up(columns, 32) + 64 // dtype.itemsize
+    first = round_up(max(rows - WORKSPACE_BYTES // max(columns * dtype.itemsize, 1), 0), 24)
+    return max(rows - first, 0), stride
+
+
 BACKEND = Backend(
     name="native",
     auto=("cpu",),  # on a GPU nothing has been measured yet: there it runs by name only
@@ -49,4 +60,5 @@ BACKEND = Backend(
     width_multiple=64,
     why_not=_why_not,
     module=lambda device_type: f"{__name__}.{device_type}",
+    exponentials_shape=exponentials_shape,
 )
