@@ -21,7 +21,13 @@ from modest_align_kernels.backends import accumulation_dtype
 from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
 from modest_align_kernels.backends.registry import BACKENDS, operand_width
 
-_library = torch.library.Library("modest_align", "DEF")
+# PyTorch takes an operator once in a process; a second import of this module (a reload, a notebook) finds it there, and
+# replaces what it calls: a schema, the implementation and the allocation for each name.
+_namespace: Any = torch.ops.modest_align
+if "registered" not in vars(_namespace):
+    _namespace.library, _namespace.registered = torch.library.Library("modest_align", "DEF"), {}
+_library: torch.library.Library = _namespace.library
+_registered: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = _namespace.registered
 _Allocation = TypeVar("_Allocation", bound=Callable[..., Any])
 
 
@@ -53,9 +59,16 @@ def _register(pack: Callable[..., tuple[Any, ...]], results: _Allocation) -> _Al
         return written
 
     schema = torch.library.infer_schema(results, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"modest_align::{name}", results, lib=_library)
+    first = name not in _registered
+    if not first and _registered[name][0] != schema:
+        raise RuntimeError(f"torch.ops.modest_align.{name}: its arguments have changed, want a new Python process")
+    _registered[name] = schema, run, results
+    if first:
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, lambda *a, **k: _registered[name][1](*a, **k), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"modest_align::{name}", lambda *a, **k: _registered[name][2](*a, **k), lib=_library
+        )
     return getattr(torch.ops.modest_align, name).default  # type: ignore[no-any-return]
 
 
