@@ -115,6 +115,8 @@ def modest_align_loss(
         # No backend needs to know: one feature that is 0 makes the same zero logits.
         image_features, text_features = (torch.nn.functional.pad(t, (0, 1)) for t in (image_features, text_features))
         noise_std = 0.0
+    if text_features is image_features:
+        text_features = text_features.view_as(text_features)  # Dynamo takes no tensor twice
     row_ids, col_ids, paired_groups = None, None, False
     if given_ids is not None:
         row_ids, col_ids = number_groups(*given_ids, text_features.shape[0])

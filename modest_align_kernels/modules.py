@@ -127,11 +127,12 @@ class ModestAlignLoss(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor | float | None:
-        """The scale: of a learned one the present value, 0-dim, without gradient."""
+        """The scale: of a learned one the present value, 0-dim, without gradient (a DTensor where FSDP holds it)."""
         if self.log_scale is None:
             return self.fixed_scale
         with torch.no_grad():
-            return self._bounded_exp(self.log_scale).squeeze()
+            scale = self._bounded_exp(self.log_scale)
+        return scale.squeeze() if type(scale) is Tensor else scale
 
     @logit_scale.setter
     def logit_scale(self, value: Tensor | float | None) -> None:

@@ -41,12 +41,15 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
     Raises:
         TypeError: a tensor's dtype is another than the kernel reads or writes.
         ValueError: a tensor is on another device, not contiguous, or of another shape, or operands are of a dtype that
-            the kernels do not have: they would be read and written past their end.
+            the kernels do not have: they would be read and written past their end. Or there are no rows or features.
     """
     operand_dtype = values["x_hat"].dtype
     if operand_dtype not in operands:
         raise ValueError(f"operand_dtype: got {operand_dtype}, want {' or '.join(map(str, operands))} here")
     extents = _extents(values)
+    for extent in ("rows", "columns", "width"):
+        if extents.get(extent) == 0:
+            raise ValueError(f"{extent}: got 0, want at least 1: the kernels divide by it")
     given: dict[str, Any] = {"operand_dtype": DTYPES[operand_dtype], **extents}
     for name, value in values.items():
         if name not in _SHAPES:
