@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from modest_align_kernels.backends import accumulation_dtype
 from modest_align_kernels.backends.contract import (
@@ -31,7 +31,13 @@ from modest_align_kernels.backends.contract import (
 )
 from modest_align_kernels.backends.registry import BACKENDS, exponentials_shape, operand_width
 
-_library = torch.library.Library("modest_align", "DEF")
+# PyTorch takes an operator once in a process; a second import of this module (a reload, a notebook) finds it there, and
+# replaces what it calls: a schema, the implementation and the allocation for each name.
+_namespace: Any = torch.ops.modest_align
+if "registered" not in vars(_namespace):
+    _namespace.library, _namespace.registered = torch.library.Library("modest_align", "DEF"), {}
+_library: torch.library.Library = _namespace.library
+_registered: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = _namespace.registered
 # A tensor of a class of its own has the dispatcher call what it wants, and so has torch.func's, whose class is Tensor.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int}
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -66,9 +72,16 @@ def _register(pack: Callable[..., tuple[Any, ...]], results: _Allocation) -> _Al
         return written
 
     schema = torch.library.infer_schema(results, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"modest_align::{name}", results, lib=_library)
+    first = name not in _registered
+    if not first and _registered[name][0] != schema:
+        raise RuntimeError(f"torch.ops.modest_align.{name}: its arguments have changed, want a new Python process")
+    _registered[name] = schema, run, results
+    if first:
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, lambda *a, **k: _registered[name][1](*a, **k), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"modest_align::{name}", lambda *a, **k: _registered[name][2](*a, **k), lib=_library
+        )
     operator = getattr(torch.ops.modest_align, name).default
 
     def call(*args: Any, **options: Any) -> Any:
@@ -199,15 +212,21 @@ def contrastive_grads(
     )
 
 
-@register_flop_formula(torch.ops.modest_align.contrastive_stats)
 def _stats_flops(x_hat_shape: Sequence[int], y_hat_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """One matmul, of operands as wide as the backend has them."""
     return 2 * x_hat_shape[0] * y_hat_shape[0] * x_hat_shape[1]
 
 
-@register_flop_formula(torch.ops.modest_align.contrastive_grads)
 def _grads_flops(*shapes: Any, want_x: bool, want_y: bool, **_: Any) -> int:
     """A matmul for each side that is wanted, and the logits of the rows again whose exponentials were not kept."""
     (rows, width), (columns, _), exponentials = *shapes[:2], shapes[10]
     recomputed = rows - (exponentials[0] if exponentials else 0)
     return int(2 * columns * width * (recomputed + rows * (want_x + want_y)))
+
+
+for _operator_packet, _formula in (
+    (torch.ops.modest_align.contrastive_stats, _stats_flops),
+    (torch.ops.modest_align.contrastive_grads, _grads_flops),
+):
+    flop_registry.pop(_operator_packet, None)  # of an import before
+    register_flop_formula(_operator_packet)(_formula)

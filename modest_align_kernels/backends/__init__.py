@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from modest_align_kernels.backends.contract import Logits
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 LOG2E = math.log2(math.e)
 MIN_NORM = 1e-12
@@ -75,11 +78,22 @@ class Backend:
     exponentials_shape: Callable[[int, int, torch.dtype, str], tuple[int, int]] = lambda *shape: (0, 0)
 
 
+def constant_in_traces(function: _Function) -> _Function:
+    """Have Dynamo call what it cannot look into, and take the answer for a constant."""
+    # torch.compiler.assume_constant_result sets the same, and imports Dynamo, which takes a second.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_traces
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def computed_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that features count as: autocast's, unless they are float64."""
-    if torch.is_autocast_enabled(device.type) and features != torch.float64:
-        return torch.get_autocast_dtype(device.type)
-    return features
+    autocast = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast and features != torch.float64 else features
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from modest_align_kernels.backends import GPU_FEATURES, WORKSPACE_BYTES, Backend, computed_dtype, round_up
+from modest_align_kernels.backends import (
+    GPU_FEATURES,
+    WORKSPACE_BYTES,
+    Backend,
+    computed_dtype,
+    constant_in_traces,
+    round_up,
+)
 
 try:
     from modest_align_kernels import _C
@@ -17,10 +24,15 @@ else:
     _MISSING = None
 
 
+@constant_in_traces
+def _cpu_bfloat16() -> bool:
+    return _C.cpu_bfloat16()
+
+
 def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if features == torch.bfloat16 and _C.cpu_bfloat16() else torch.float32
+    return torch.bfloat16 if features == torch.bfloat16 and _cpu_bfloat16() else torch.float32
 
 
 def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
@@ -37,7 +49,7 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
             return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
         if features is not None and features > GPU_FEATURES:
             return f"the CUDA kernels take rows of at most {GPU_FEATURES:,} features, not {features:,}"
-    elif device.type != "cpu":
+    elif device.type not in ("cpu", "meta"):
         return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
     return None
 

@@ -46,13 +46,16 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
     Raises:
         TypeError: a tensor's dtype is another than the kernel reads or writes.
         ValueError: a tensor is on another device, not contiguous, or of another shape, or operands are of a dtype that
-            the kernels do not have: they would be read and written past their end.
+            the kernels do not have: they would be read and written past their end. Or there are no rows or features.
     """
     hat = values["x_hat"]
     operand_dtype = operands[0] if hat is None else hat.dtype
     if operand_dtype not in operands:
         raise ValueError(f"operand_dtype: got {operand_dtype}, want {' or '.join(map(str, operands))} here")
     extents = _extents(values)
+    for extent in () if hat is None else ("rows", "columns", "width"):
+        if extents.get(extent) == 0:
+            raise ValueError(f"{extent}: got 0, want at least 1: the kernels divide by it")
     # What a function does not say by a name of its own: all rows are paired, or all that are there.
     all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs", 0), **extents}
     if extents.get("kept_rows"):
