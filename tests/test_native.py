@@ -121,7 +121,7 @@ def test_long_noise_has_the_moments_of_a_normal() -> None:
 @pytest.mark.parametrize("scope", ["RTLD_GLOBAL", "RTLD_LOCAL"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_threads_are_those_of_pytorchs_openmp(scope: str) -> None:
-    """Also where the process does not see OpenMP: PyTorch's wheels for Arm keep to themselves what they are linked with."""
+    """Also where the process does not see OpenMP: a wheel for Arm keeps what it is linked with to itself."""
     code = f"""
 import ctypes, os, threading
 ctypes.RTLD_GLOBAL = ctypes.{scope}  # what PyTorch loads its dependencies with
