@@ -126,6 +126,44 @@ def test_long_noise_has_the_moments_of_a_normal() -> None:
     assert float((drawn**4).mean()) == pytest.approx(3, abs=5e-2)
 
 
+@pytest.mark.parametrize("scope", ["RTLD_GLOBAL", "RTLD_LOCAL"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_those_of_pytorchs_openmp(scope: str) -> None:
+    """Also where the process does not see OpenMP: a wheel for Arm keeps what it is linked with to itself."""
+    code = f"""
+import ctypes, os, threading
+ctypes.RTLD_GLOBAL = ctypes.{scope}  # what PyTorch loads its dependencies with
+import torch
+from modest_align_kernels import modest_align_loss
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+x = torch.randn(1024, 512)
+x @ x.T  # starts PyTorch's threads
+seen, watched = set(), True
+
+def watch():
+    while watched:
+        seen.update(threads())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+known = threads()
+for _ in range(5):
+    modest_align_loss(x, x, 14.3, backend="native")
+watched = False
+watcher.join()
+assert seen, "nobody watched"
+assert seen <= known, seen - known
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert scope == "RTLD_GLOBAL" or done.stdout == "False\n", "OpenMP was visible"
+
+
 def test_kernels_refuse_what_they_would_misread() -> None:
     x, y = make_features(Case("", 8, 8, 64), torch.float32)
     x_hat, inv_norm, _ = perturb_normalize(x, None, None, noise.IMAGES, False, None)
