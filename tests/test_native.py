@@ -135,6 +135,10 @@ def test_kernels_refuse_what_they_would_misread() -> None:
         stats(x_hat, y_hat.T.contiguous().T)
     with pytest.raises(ValueError, match=r"col_ids: got shape \(7,\), want \(8,\)"):
         stats(x_hat, y_hat, torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"columns: got 0, want at least 1"):
+        stats(x_hat, y_hat[:0])
+    with pytest.raises(ValueError, match=r"width: got 0, want at least 1"):
+        stats(x_hat[:, :0], y_hat[:, :0])
     with pytest.raises(ValueError, match=r"offset: got shape \(2, 8\), want \(2, 64\)"):
         ops.perturb_normalize_backward(
             *(x_hat, x_hat, inv_norm, y_hat, inv_norm, torch.zeros(2, 8), scale),
