@@ -129,6 +129,9 @@ def test_the_present_scale() -> None:
     assert "logit_scale=40.0 (learned)" in repr(loss_fn)
     loss_fn.logit_scale = 7  # and assigned, it is that
     assert float(loss_fn.log_scale.detach()) == pytest.approx(math.log(7))
+    for wrong in (None, True, "10"):
+        with pytest.raises(TypeError, match=r"logit_scale: got (NoneType|bool|str), want a finite float > 0"):
+            loss_fn.logit_scale = wrong
     loss_fn.reset_parameters()
     assert float(loss_fn.logit_scale) == pytest.approx(20.0)
 
