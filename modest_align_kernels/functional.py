@@ -65,8 +65,8 @@ def modest_align_loss(
     derivative raises RuntimeError. ``torch.manual_seed`` governs the noise; each call draws fresh noise.
 
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
-    checked (that would wait for the GPU). A number that changes from step to step, compiled, costs one compilation
-    more.
+    checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
+    (with PyTorch's CUDA graphs one for each value: a tensor does not).
 
     Args:
         image_features: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised. D = 0 makes

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# The attributes that are numbers or tensors of one, and the arguments they come from.
+# The attributes that are numbers or one-element tensors, and the arguments they come from.
 _STATE = {"noise_std": "noise_std", "smoothing": "smoothing", "fixed_scale": "logit_scale"}
 
 
 class _BoundedExp(torch.autograd.Function):
-    """(x, bound) -> min(exp(x), bound). At the bound x only gets a gradient whose descent leads away from it.
+    """(x, bound) -> min(exp(x), bound). From the bound on x gets only such gradients as lower it.
 
-    A clamp would give it none, and x would stay where it is, however far above. One that also let x rise would have it
-    come back as late as it went far.
+    Of a clamp it would get none, and never come back; of one that let every gradient through it would rise on, and come
+    back as late.
     """
 
     generate_vmap_rule = True
@@ -112,8 +112,7 @@ class ModestAlignLoss(nn.Module):
             return
         if logit_scale is None:
             raise ValueError("learn_scale: got True without logit_scale, want the scale to start from, e.g. 14.3")
-        self._start, self.fixed_scale = float(logit_scale), None
-        check_number("logit_scale", self._start)
+        self._start, self.fixed_scale = _positive(logit_scale), None
         if self.max_scale is not None and self.max_scale < self._start:
             raise ValueError(f"max_scale: got {self.max_scale}, want at least logit_scale, {self._start}")
         # FSDP shards no parameter that is 0-dim.
@@ -139,9 +138,7 @@ class ModestAlignLoss(nn.Module):
         if self.log_scale is None:
             self.fixed_scale = value
         else:
-            start = 0.0 if value is None else float(value)
-            check_number("logit_scale", start)
-            nn.init.constant_(self.log_scale, math.log(start))
+            nn.init.constant_(self.log_scale, math.log(_positive(value)))
 
     def _bounded_exp(self, log_scale: Tensor) -> Tensor:
         if self.max_scale is None:
@@ -243,6 +240,13 @@ class ModestAlignLoss(nn.Module):
             f"relative_noise={self.relative_noise}, logit_scale={scale}, symmetric={self.symmetric}, "
             f"backend={self.backend!r}"
         )
+
+
+def _positive(logit_scale: Tensor | float | None) -> float:
+    """The scale as a float, checked, that of a tensor too."""
+    value = float(check_number("logit_scale", logit_scale))  # type: ignore[arg-type]
+    check_number("logit_scale", value)
+    return value
 
 
 def _is_here(tensor: Tensor) -> bool:
