@@ -18,7 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
 from modest_align_kernels.backends import eager
-from modest_align_kernels.backends.contract import Logits, PerturbNormalize, PerturbNormalizeBackward, Softmaxes
+from modest_align_kernels.backends.contract import (
+    Logits,
+    PairLosses,
+    PerturbNormalize,
+    PerturbNormalizeBackward,
+    SmoothedGradient,
+    SmoothedLosses,
+    Softmaxes,
+)
 from modest_align_kernels.dispatch import operand_dtype, why_not
 from modest_align_kernels.testing import Case, make_features, value_and_grads
 
@@ -219,9 +227,13 @@ def test_eager_kernels_make_no_float64_off_the_cpu(dtype: torch.dtype) -> None:
         eager.contrastive_stats(logits, row, col)
         eager.contrastive_grads(logits, Softmaxes(row, col, row, col), meta(4, 8), meta(6, 8))
         dx = meta(4, 8, dtype=dtype)
+        ids = logits.row_ids, logits.col_ids
+        smoothed = SmoothedGradient(meta(), *ids, row, row)
         eager.perturb_normalize_backward(
-            PerturbNormalizeBackward(meta(4, 8), x_hat, row, y_hat[:4], row, meta(2, 8), meta(), dx, row)
+            PerturbNormalizeBackward(meta(4, 8), x_hat, row, y_hat, row, meta(), meta(), dx, row), smoothed
         )
+        losses = PairLosses(row, row, row, meta(), row, row, row, row)
+        eager.pair_losses(losses, SmoothedLosses(meta(), x_hat, y_hat, *ids, row, row, row))
 
 
 IMPORT_AGAIN = """
