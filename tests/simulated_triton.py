@@ -26,7 +26,10 @@ FILES = [
     ("merge_kernel", "contrastive_stats"),
     ("contrastive_grads_kernel", "contrastive_grads"),
     ("softmax_factors_kernel", "contrastive_grads"),
+    ("fold_sums_kernel", "group_sums"),
+    ("group_sums_kernel", "group_sums"),
     ("ids_bounds_kernel", "logits"),
+    ("pair_losses_kernel", "pair_losses"),
     ("perturb_normalize_kernel", "perturb_normalize"),
     ("perturb_normalize_backward_kernel", "perturb_normalize"),
 ]
@@ -49,6 +52,8 @@ def driver(simulator, monkeypatch: pytest.MonkeyPatch):
     for name in ("contrastive_stats", "contrastive_grads"):
         module = import_module(f"modest_align_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "choose_tile", lambda device, dtype: tiles.TILES[90, dtype])
+    group_sums = import_module("modest_align_kernels.backends.triton.group_sums")
+    monkeypatch.setattr(group_sums, "_INTERPRETER_TILE_ROWS", group_sums._TILE_ROWS)
     monkeypatch.setattr(dispatch, "choose", lambda *args: "triton")
     torch.manual_seed(0)
     simulator.order, simulator.execute = Order(warps=4), True

@@ -17,6 +17,7 @@ from torch import Tensor
 
 # A program's rows, how many of them at a time, and features: 8 for each thread of its one warp. Not yet measured.
 _ROWS, _TILE_ROWS, _FEATURES = 64, 4, 256
+_INTERPRETER_TILE_ROWS = 16  # whose time goes by operations
 # Of pieces, likewise. Not yet measured.
 _PIECES, _PIECE_FEATURES = 64, 32
 
@@ -33,12 +34,6 @@ class GroupSums(NamedTuple):
     total: Tensor
     table: Tensor | None
     bounds: Tensor | None
-
-
-@triton.jit
-def _run(tile, its_ids, run_id, carried, carried_id):
-    """The sum of a run's rows, of those in ``tile`` and those before it."""
-    return tl.sum(tl.where((its_ids == run_id)[:, None], tile, 0.0), 0) + tl.where(run_id == carried_id, carried, 0.0)
 
 
 @triton.jit
@@ -91,17 +86,17 @@ def _sum_chunk(
         total += tl.sum(tile, 0)
         if order is not None:
             its_ids = tl.load(ids + place, mask=inside, other=-1)
-            for i in tl.static_range(TILE_ROWS):
-                end = tile_first + i + 1
-                run_id = tl.load(ids + end - 1, mask=end <= rows, other=-1)
-                if run_id != tl.load(ids + end, mask=end < rows, other=-1):
-                    to = table + run_id.to(tl.int64) * width
-                    if run_id == earlier_id:
-                        to = partial + width
-                    tl.store(to + feature, _run(tile, its_ids, run_id, carried, carried_id), mask=has_feature)
-            last_id = tl.load(ids + tl.minimum(tile_first + TILE_ROWS, past) - 1)
-            carried = _run(tile, its_ids, last_id, carried, carried_id)
-            carried_id = last_id
+            same = its_ids[:, None] == its_ids[None, :]
+            runs = tl.sum(tl.where(same[:, :, None], tile[None, :, :], 0.0), 1)
+            runs += tl.where((its_ids == carried_id)[:, None], carried[None, :], 0.0)
+            ends = inside & (its_ids != tl.load(ids + place + 1, mask=place + 1 < rows, other=-1))
+            row_of_table = table + ((its_ids.to(tl.int64) * width)[:, None] + feature[None, :])
+            tl.store(row_of_table, runs, mask=(ends & (its_ids != earlier_id))[:, None] & has_feature[None, :])
+            earlier_piece = tl.broadcast_to((partial + width + feature)[None, :], (TILE_ROWS, FEATURES))
+            tl.store(earlier_piece, runs, mask=(ends & (its_ids == earlier_id))[:, None] & has_feature[None, :])
+            last = tl.minimum(tile_first + TILE_ROWS, past) - 1
+            carried = tl.sum(tl.where((place == last)[:, None], runs, 0.0), 0)
+            carried_id = tl.load(ids + last)
     tl.store(partial + feature, total, mask=has_feature)
     if order is not None:
         opened = -1
@@ -265,7 +260,7 @@ def group_sums(
         numbers,
         width,
         ROWS=_ROWS,
-        TILE_ROWS=_TILE_ROWS,
+        TILE_ROWS=_TILE_ROWS if total.is_cuda else _INTERPRETER_TILE_ROWS,
         FEATURES=_FEATURES,
         num_warps=1,
     )
