@@ -92,11 +92,11 @@ def assert_rows_like_eager(dtype: torch.dtype, features: int, backend: str) -> N
         assert_pairs_like_eager(x_hat, y_hat, *numbered_groups(ids, 9, 11), smoothing, 9, backend)
 
 
-GROUPS = ("none", "groups", "groups of columns", "large groups", "one group", "no groups")
+GROUP_PATTERNS = ("none", "groups", "groups of columns", "large groups", "one group", "no groups")
 
 
 def numbered_groups(pattern: str, rows: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
-    """The ids that the loss makes, int32 [rows] and [columns], of a pattern from ``GROUPS``."""
+    """The ids that the loss makes, int32 [rows] and [columns], of a pattern from ``GROUP_PATTERNS``."""
     generator = torch.Generator().manual_seed(rows)
     sizes = {"groups": rows // 2 + 1, "groups of columns": 5, "large groups": 3, "one group": 1, "no groups": 2**40}
     if pattern == "none":

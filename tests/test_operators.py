@@ -13,7 +13,7 @@ from modest_align_kernels import available_backends, ops, reference
 from modest_align_kernels.dispatch import operand_dtype, why_not
 from modest_align_kernels.testing import Case, make_features, poisoned_memory
 from tests.operator_checks import (
-    GROUPS,
+    GROUP_PATTERNS,
     assert_pairs_like_eager,
     assert_sides_like_eager,
     assert_within,
@@ -183,7 +183,7 @@ SMOOTHED_SIZES = [(1, 1), (1, 5), (6, 6), (40, 131)]  # of which the columns are
 
 def smoothed_cases(rows: int, columns: int):
     """Ids, and a smoothing for each."""
-    for pattern, smoothing in zip(GROUPS, (None, 0.1, 0.3, 0.7, 1.0, 0.0), strict=True):
+    for pattern, smoothing in zip(GROUP_PATTERNS, (None, 0.1, 0.3, 0.7, 1.0, 0.0), strict=True):
         for its_smoothing in {smoothing, 0.2} if pattern == "none" else {smoothing}:
             ids = (None if t is None else t.to(DEVICE) for t in numbered_groups(pattern, rows, columns))
             yield (*ids, its_smoothing)
