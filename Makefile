@@ -6,7 +6,7 @@ VENV ?= .venv
 OUTPUT ?= demo_run
 BIN := $(VENV)/bin
 SOURCES := modest_align_kernels python benchmarks tests tools setup.py
-CPP_SOURCES = $(shell find csrc tests/ptx_simulator -name '*.[ch]*')
+CPP_SOURCES = $(shell find csrc tests/ptx_simulator tests/arm_driver.cpp -name '*.[ch]*')
 
 .PHONY: demo test lint benchmark readme gpu-check
 

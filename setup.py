@@ -135,7 +135,7 @@ def ninja_file(out: Path) -> str:
             level_flags = [] if once else [*machine, f"-DMODEST_ALIGN_LEVEL={level}"]
             edge("cxx", f"cpu/{source.stem}.{level}.o", [source], [*flags, *level_flags])
     edge("link", "_C.so", list(objects), link)
-    rules.append(f"rule link\n  command = {linker} $flags $in -o $out")
+    rules.append(f"rule link\n  command = {linker} $flags $in -ldl -o $out")
     return "\n".join([*rules, *edges, ""])
 
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: the chip, and the commit, date and versions."""
+"""Where numbers come from: the chip, and the commit, date, versions and how threads wait."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def machine(device: str) -> Result:
 
 
 def origin() -> Result:
-    """The commit, the date and the versions that a workload is measured with."""
+    """The commit, the date, the versions and OpenMP's wait policy that a workload is measured with."""
     packages = ("triton", *(provider.package for provider in PEERS if provider.package))
     installed = {package: installed_version(package) for package in packages}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions |= {package: found for package, found in installed.items() if found is not None}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {"commit": commit or "unknown", "date": time.strftime("%Y-%m-%d"), "versions": versions}
+    policy = os.environ.get("OMP_WAIT_POLICY", "unset").lower()
+    date = time.strftime("%Y-%m-%d")
+    return {"commit": commit or "unknown", "date": date, "versions": versions, "wait_policy": policy}
 
 
 def cpu_name(cpuinfo: str) -> str:

@@ -72,10 +72,12 @@ def tasks_of(backend: str, x: Tensor, y: Tensor, scale: Tensor) -> dict[str, Cal
     x_hat, inv_norm, _ = perturb_normalize()
     y_hat, _, dot = normalize(y, *noise, TEXTS, False, x_hat)
     logits, excluded, where = (x_hat, y_hat, scale), (None, None, True), {"backend": backend}
-    stats = partial(ops.contrastive_stats, *logits, *excluded, col_count=len(x), **where)
-    lse = stats()
+    # As in a step: what a backend keeps for the backward is kept.
+    stats = partial(ops.contrastive_stats, *logits, *excluded, col_count=len(x), keep=True, **where)
+    *lse, exponentials = stats()
     weights = (torch.sigmoid(each - scale * dot) for each in lse)
-    grads = partial(ops.contrastive_grads, *logits, *lse, *weights, *excluded, want_x=True, want_y=True, **where)
+    softmaxes = *lse, *weights, *excluded, exponentials
+    grads = partial(ops.contrastive_grads, *logits, *softmaxes, want_x=True, want_y=True, **where)
     grad_x, _ = grads()
     offset = torch.zeros(2, x_hat.shape[1], device=x.device)
     backward = partial(ops.perturb_normalize_backward, features=x.shape[1], dtype=x.dtype, **where)

@@ -100,7 +100,10 @@ def heading(stored: Result, cases: list[Result]) -> str:
     threads = f", {machine['threads']} threads" if machine["type"] == "cpu" else ""
     versions = dict.fromkeys(item for case in cases for item in case["versions"].items())
     dates = dict.fromkeys(case["date"] for case in cases)
+    # Of a CPU, and not stored with its first results.
+    policies = dict.fromkeys(case.get("wait_policy") for case in cases if machine["type"] == "cpu")
     facts = [*dates, *(f"{package} {version}" for package, version in versions)]
+    facts += [f"`OMP_WAIT_POLICY` {policy}" for policy in policies if policy]
     return ", ".join([f"**{machine['device']}{threads}**", *facts]) + "."
 
 

@@ -98,7 +98,7 @@ template <class A>
 Fields<A> logits() {
   return Fields<A>{FIELD(x_hat),   FIELD(y_hat),   FIELD(operand_dtype),   FIELD(scale),
                    FIELD(row_ids), FIELD(col_ids), FIELD(exclude_diagonal)} +
-         extents<A>() + Fields<A>{FIELD(width)};
+         extents<A>() + Fields<A>{FIELD(width), FIELD(exponentials), FIELD(kept_rows), FIELD(kept_stride)};
 }
 
 template <class A>

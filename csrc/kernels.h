@@ -91,6 +91,11 @@ struct Logits : Where {
   const std::int32_t* col_ids;  // [columns]
   bool exclude_diagonal;
   std::int64_t rows, columns, col_count, width;
+  // On a CPU, of the last kept_rows rows: exponentials in operand_dtype that the statistics write and the gradients
+  // read, [kept_rows, kept_stride]; 0 for an excluded pair. rows - kept_rows is a multiple of 24, unless kept_rows is
+  // 0, and kept_stride at least 16 more than columns are when rounded up to a multiple of 32.
+  void* exponentials;
+  std::int64_t kept_rows, kept_stride;
 };
 
 struct ContrastiveStats : Logits {

@@ -21,6 +21,9 @@ class Logits(Extents):
     col_ids: int
     exclude_diagonal: bool
     width: int
+    exponentials: int
+    kept_rows: int
+    kept_stride: int
 
 class ContrastiveStats(Logits):
     row_lse: int

@@ -15,9 +15,9 @@ gradient to x_hat_i is, with sigma the logistic function,
 of which the first term is ``contrastive_grads`` with the weights sigma(rho_i - p_i) and sigma(kappa_j - p_j), and the
 rest is added in float32 by ``perturb_normalize_backward``.
 
-Saved are x_hat and y_hat (in the operands' dtype), their inverse norms and some vectors of length B; the sums over
-groups are made again, and the noise is neither saved nor drawn again, because adding it has the identity as its
-Jacobian.
+Saved are x_hat and y_hat (in the operands' dtype), their inverse norms, some vectors of length B, and what the backend
+keeps of the exponentials; the sums over groups are made again, and the noise is neither saved nor drawn again, because
+adding it has the identity as its Jacobian.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Options(NamedTuple):
     symmetric: bool
     operand_dtype: torch.dtype
     backend: str
+    keep: bool  # a backward can follow: the forward may leave exponentials for it
 
 
 def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
@@ -54,31 +55,31 @@ def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tupl
     rows, in_order = row_ids.shape[0], row_ids.sort().values
     row_numbers = torch.searchsorted(in_order, row_ids, out_int32=True)
     if col_ids is None:
-        if columns == rows:
-            return row_numbers, row_numbers
-        return row_numbers, torch.nn.functional.pad(row_numbers, (0, columns - rows), value=rows)
+        # Without extra columns a copy: Dynamo refuses one tensor as two inputs of a Function.
+        return row_numbers, torch.cat((row_numbers, row_numbers.new_full((columns - rows,), rows)))
     first = torch.searchsorted(in_order, col_ids, out_int32=True)
     end = torch.searchsorted(in_order, col_ids, out_int32=True, right=True)
     return row_numbers, first.masked_fill_(first == end, rows)
 
 
 class _OnlyFirstDerivatives(torch.autograd.Function):
-    """(what they depend on, gradients) -> gradients, whose differentiation raises."""
+    """(whose they are, what they depend on, gradients) -> gradients, whose differentiation raises."""
 
     @staticmethod
-    def forward(depend_on: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(name: str, depend_on: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """``depend_on`` leads a second differentiation here, wherever it is bound for."""
         return gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is saved."""
+        """For the message."""
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *unused: Tensor | None) -> Any:
         """Raise."""
         raise RuntimeError(
-            "modest_align_loss has no second derivative: its gradient was differentiated again (create_graph=True)"
+            f"{ctx.name} has no second derivative: its gradient was differentiated again (create_graph=True)"
         )
 
 
@@ -108,13 +109,16 @@ class ContrastiveLoss(torch.autograd.Function):
 
         x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
         y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
-        row_lse, col_lse = ops.contrastive_stats(
-            x_hat, y_hat, scale, row_ids, col_ids, True, col_count=rows if options.symmetric else 0, backend=backend
+        row_lse, col_lse, exponentials = ops.contrastive_stats(
+            *(x_hat, y_hat, scale, row_ids, col_ids, True),
+            col_count=rows if options.symmetric else 0,
+            keep=options.keep,
+            backend=backend,
         )
         losses, *of_pairs = ops.pair_losses(
             row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
         )
-        return losses.mean(), row_lse, col_lse, x_hat, y_hat, x_inv_norm, y_inv_norm, *of_pairs
+        return losses.mean(), row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -135,7 +139,7 @@ class ContrastiveLoss(torch.autograd.Function):
             with torch.no_grad():
                 gradients = _gradients(ctx, grad_loss)
             if torch.is_grad_enabled():
-                gradients = _OnlyFirstDerivatives.apply(ctx.saved_tensors[0], *gradients)
+                gradients = _OnlyFirstDerivatives.apply("modest_align_loss", ctx.saved_tensors[0], *gradients)
         return *gradients, *(None,) * 5
 
     @staticmethod
@@ -143,54 +147,125 @@ class ContrastiveLoss(torch.autograd.Function):
         """Raise."""
         raise RuntimeError("modest_align_loss has no torch.vmap: got several batches at once, want one call for each")
 
+
+def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *more = ctx.saved_tensors
+    row_weight, col_weight, pair_weight, slope, row_negative_weight, col_negative_weight, *more = more
+    scale, smoothing, row_ids, col_ids = more
+    d_smoothing = grad_loss * slope.mean() if ctx.needs_input_grad[3] else None
+    factor = grad_loss * (1 / (2 * len(row_lse)) if ctx.options.symmetric else 1 / len(row_lse))
+    softmaxes = row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True, exponentials
+    of_x = smoothing, row_ids, col_ids, row_negative_weight, col_negative_weight
+    of_y = smoothing, col_ids, row_ids, col_negative_weight, row_negative_weight
+    sides = (x_hat, x_inv_norm, of_x), (y_hat, y_inv_norm, of_y)
+    return *_of_inputs(ctx, sides, pair_weight, scale, factor, softmaxes), d_smoothing
+
+
+class ContrastiveLogsumexp(torch.autograd.Function):
+    """(x, y, scale, ...) -> (row_lse, col_lse, what else the backward needs)."""
+
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def forward(
+        x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, options: Options
+    ) -> tuple[Tensor, ...]:
+        """Args as :func:`modest_align_kernels.contrastive_logsumexp`."""
+        of_operands: dict[str, Any] = {"operand_dtype": options.operand_dtype, "backend": options.backend}
+        x_hat, x_inv_norm, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **of_operands)
+        y_hat, y_inv_norm, _ = ops.perturb_normalize(y, None, None, TEXTS, False, None, **of_operands)
+        row_lse, col_lse, exponentials = ops.contrastive_stats(
+            *(x_hat, y_hat, scale, row_ids, col_ids, False),
+            col_count=y.shape[0],
+            keep=options.keep,
+            backend=options.backend,
+        )
+        return row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the backward reads."""
+        x, y, scale, row_ids, col_ids, ctx.options = inputs
+        ctx.features, ctx.dtypes = x.shape[1], (x.dtype, y.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output, scale, row_ids, col_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad_row: Tensor | None, grad_col: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients to x, y and scale."""
+        gradients: tuple[Tensor | None, ...] = (None,) * 3
+        if grad_row is not None or grad_col is not None:
+            with torch.no_grad():
+                gradients = _logsumexp_gradients(ctx, grad_row, grad_col)
+            if torch.is_grad_enabled():
+                name, (row_lse, col_lse, *_) = "contrastive_logsumexp", ctx.saved_tensors
+                depend_on = row_lse if grad_row is not None else col_lse
+                gradients = _OnlyFirstDerivatives.apply(name, depend_on, *gradients)
+        return *gradients, *(None,) * 3
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Raise."""
-        raise RuntimeError("modest_align_loss has no forward-mode derivative (jvp, hessian), want backward or grad")
+        raise RuntimeError(
+            "contrastive_logsumexp has no torch.vmap: got several batches at once, want one call for each"
+        )
+
+
+def _logsumexp_gradients(ctx: Any, grad_row: Tensor | None, grad_col: Tensor | None) -> tuple[Tensor | None, ...]:
+    row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, scale, row_ids, col_ids = ctx.saved_tensors
+    row_weight = torch.zeros_like(row_lse) if grad_row is None else grad_row
+    col_weight = col_lse.new_empty(0) if grad_col is None else grad_col
+    # Weights are between -1 and 1, so that float16 holds G; the largest comes back in float32.
+    sizes = [weight.abs().amax() for weight in (row_weight, col_weight) if len(weight)]
+    largest = sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
+    largest = largest.masked_fill_(largest == 0, 1.0)
+    softmaxes = row_lse, col_lse[: len(col_weight)], row_weight / largest, col_weight / largest
+    nothing = row_lse.new_empty(0)
+    unsmoothed = None, None, None, nothing, nothing
+    sides = (x_hat, x_inv_norm, unsmoothed), (y_hat, y_inv_norm, unsmoothed)
+    return _of_inputs(ctx, sides, nothing, scale, largest, (*softmaxes, row_ids, col_ids, False, exponentials))
+
+
+def _of_inputs(
+    ctx: Any,
+    sides: tuple[tuple[Tensor, Tensor, tuple[Any, ...]], ...],
+    pair_weight: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    softmaxes: tuple[Any, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to x, y and scale, of those that are wanted.
+
+    Args:
+        ctx: of a Function whose inputs begin with these three.
+        sides: for x and y the unit rows, their inverse norms, and what the smoothing adds.
+        pair_weight: see :class:`modest_align_kernels.backends.contract.PerturbNormalizeBackward`.
+        scale: likewise.
+        factor: likewise.
+        softmaxes: the arguments of ``contrastive_grads`` after the scale.
+    """
+    (x_hat, x_inv_norm, of_x), (y_hat, y_inv_norm, of_y) = sides
+    want_x, want_y, want_scale = ctx.needs_input_grad[:3]
+    # Either side gives the scale's gradient.
+    run_x = want_x or (want_scale and not want_y)
+    if not (run_x or want_y):
+        return None, None, None
+    backend = ctx.options.backend
+    grad_x, grad_y = ops.contrastive_grads(
+        x_hat, y_hat, scale, *softmaxes, want_x=run_x, want_y=want_y, backend=backend
+    )
+    d_x = d_y = None
+    if run_x:
+        of_pairs = y_hat, pair_weight, scale, factor, *of_x
+        given = {"features": ctx.features, "dtype": ctx.dtypes[0], "backend": backend}
+        d_x, dot = ops.perturb_normalize_backward(grad_x, x_hat, x_inv_norm, *of_pairs, **given)
+    del grad_x
+    if want_y:
+        of_pairs = x_hat, pair_weight, scale, factor, *of_y
+        given = {"features": ctx.features, "dtype": ctx.dtypes[1], "backend": backend}
+        d_y, dot = ops.perturb_normalize_backward(grad_y, y_hat, y_inv_norm, *of_pairs, **given)
+    return d_x if want_x else None, d_y, dot.sum() if want_scale else None
 
 
 # apply() asks for the signature in every call, and would parse it each time.
-ContrastiveLoss.forward.__signature__ = inspect.signature(ContrastiveLoss.forward)  # type: ignore[attr-defined]
-
-
-def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    row_lse, col_lse, x_hat, y_hat, x_inv_norm, y_inv_norm, row_weight, col_weight, pair_weight, *more = (
-        ctx.saved_tensors
-    )
-    slope, row_negative_weight, col_negative_weight, scale, smoothing, row_ids, col_ids = more
-    backend, rows = ctx.options.backend, x_hat.shape[0]
-    want_x, want_y, want_scale, want_smoothing = ctx.needs_input_grad[:4]
-    # Either side gives the scale's gradient.
-    run_x = want_x or (want_scale and not want_y)
-    d_x = d_y = d_scale = None
-    d_smoothing = grad_loss * slope.mean() if want_smoothing else None
-    if not (run_x or want_y):
-        return None, None, None, d_smoothing
-
-    grad_x, grad_y = ops.contrastive_grads(
-        *(x_hat, y_hat, scale, row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True),
-        want_x=run_x,
-        want_y=want_y,
-        backend=backend,
-    )
-    factor = grad_loss * (1 / (2 * rows) if ctx.options.symmetric else 1 / rows)
-
-    def side(dtype: torch.dtype, *of_sides: Tensor | None) -> tuple[Tensor, Tensor]:
-        own, of_groups = of_sides[:4], of_sides[4:]
-        return ops.perturb_normalize_backward(
-            *(*own, pair_weight, scale, factor, smoothing, *of_groups),
-            features=ctx.features,
-            dtype=dtype,
-            backend=backend,
-        )
-
-    if run_x:
-        weights = row_negative_weight, col_negative_weight
-        d_x, dot = side(ctx.dtypes[0], grad_x, x_hat, x_inv_norm, y_hat, row_ids, col_ids, *weights)
-    del grad_x
-    if want_y:
-        weights = col_negative_weight, row_negative_weight
-        d_y, dot = side(ctx.dtypes[1], grad_y, y_hat, y_inv_norm, x_hat, col_ids, row_ids, *weights)
-    if want_scale:
-        d_scale = dot.sum()
-    return d_x if want_x else None, d_y, d_scale, d_smoothing
+for _forward in (ContrastiveLoss.forward, ContrastiveLogsumexp.forward):
+    setattr(_forward, "__signature__", inspect.signature(_forward))  # noqa: B010

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,65 +14,166 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# The attributes that are numbers or tensors of one, and the arguments they come from.
+_STATE = {"noise_std": "noise_std", "smoothing": "smoothing", "fixed_scale": "logit_scale"}
+
+
+class _BoundedExp(torch.autograd.Function):
+    """(x, bound) -> min(exp(x), bound). At the bound x only gets a gradient whose descent leads away from it.
+
+    A clamp would give it none, and x would stay where it is, however far above. One that also let x rise would have it
+    come back as late as it went far.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.exp().clamp_max(bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.bound = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (output,) = ctx.saved_tensors
+        grad = grad * output
+        return torch.where(output >= ctx.bound, grad.clamp_min(0), grad), None
+
+
 class ModestAlignLoss(nn.Module):
     """The contrastive loss of Modest-Align; see :func:`modest_align_kernels.modest_align_loss` for the equation.
 
     The scale is either passed in each call, as open_clip does, or owned: ``logit_scale=14.3`` fixes it, and with
-    ``learn_scale=True`` it is the exponential of a parameter, ``log_scale``. A scale that is passed in the call takes
-    the place of a fixed one; passing one beside a learned one is an error.
+    ``learn_scale=True`` it is the exponential of a parameter, ``log_scale`` [1]. A scale that is passed in the call
+    takes the place of a fixed one; passing one beside a learned one is an error. The attribute ``logit_scale`` is the
+    present value: what was given, or of a learned scale a 0-dim tensor without gradient. Assigned to, it changes that.
+
+    The noise follows *this module's* ``train()`` and ``eval()``. Where the loss stands beside the model,
+    ``model.eval()`` does not reach it: call ``loss_fn.eval()``, too, or validation losses are noisy.
+
+    ``noise_std``, ``smoothing`` and a fixed ``logit_scale`` may be assigned between steps, for a schedule. As tensors
+    of one element they are buffers: they move with the module and are saved with it.
 
     Args:
         noise_std: standard deviation of the noise on the features, in ``train()`` mode only.
-        smoothing: the target's mass on the negatives, in [0, 1]; a float or a 0-dim tensor. It may be assigned
-            between steps, for a schedule.
+        smoothing: the target's mass on the negatives, in [0, 1].
         relative_noise: ``noise_std`` is in units of each row's root mean square.
         logit_scale: the owned scale (for a learned one, its start); None if every call brings it.
         learn_scale: whether the owned scale is a parameter.
+        max_scale: the learned scale's upper bound; None: no bound. While ``log_scale`` is above it the scale is
+            ``max_scale``, and ``log_scale`` gets no gradient but one that lowers it.
         symmetric: False keeps only the image-to-text direction.
         process_group: see :func:`modest_align_kernels.modest_align_loss`.
         backend: "auto", or a name of :func:`modest_align_kernels.available_backends`.
 
     Raises:
-        ValueError: ``learn_scale`` without ``logit_scale``, or a ``logit_scale`` that is not finite and positive.
+        TypeError: a number that is none.
+        ValueError: ``learn_scale`` without ``logit_scale``, ``max_scale`` without ``learn_scale`` or below
+            ``logit_scale``, or a number out of its range; so do assignments.
 
     Example:
         >>> loss_fn = ModestAlignLoss(noise_std=0.01, smoothing=0.1, logit_scale=14.3, learn_scale=True)
         >>> loss = loss_fn(torch.randn(8, 16), torch.randn(8, 16))
     """
 
+    _version = 2  # 1: log_scale was 0-dim, and tensors of one element were not saved
+
     def __init__(
         self,
-        noise_std: float = 0.01,
+        noise_std: Tensor | float = 0.01,
         smoothing: Tensor | float = 0.1,
         *,
         relative_noise: bool = False,
-        logit_scale: float | None = None,
+        logit_scale: Tensor | float | None = None,
         learn_scale: bool = False,
+        max_scale: float | None = None,
         symmetric: bool = True,
         process_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if logit_scale is not None:
-            check_number(
-                "logit_scale",
-                logit_scale,
-                "a finite float > 0",
-                lambda value: 0 < value < math.inf,
-                tensor=False,
-            )
-        check_number("noise_std", noise_std, "a finite float >= 0", lambda value: 0 <= value < math.inf, tensor=False)
-        check_number("smoothing", smoothing, "a float in [0, 1] or a 0-dim tensor", lambda value: 0 <= value <= 1)
-        if learn_scale and logit_scale is None:
-            raise ValueError("learn_scale: got True without logit_scale, want the scale to start from, e.g. 14.3")
+        if max_scale is not None:
+            check_number("max_scale", max_scale)
         self.noise_std = noise_std
         self.smoothing = smoothing
         self.relative_noise = relative_noise
-        self.logit_scale = logit_scale
-        self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if learn_scale and logit_scale else None
+        self.fixed_scale = logit_scale
+        self.log_scale: nn.Parameter | None = None
+        self.max_scale = None if max_scale is None else float(max_scale)
         self.symmetric = symmetric
         self.process_group = process_group
         self.backend = backend
+        if not learn_scale:
+            if max_scale is not None:
+                raise ValueError(f"max_scale: got {max_scale} without learn_scale=True, want None")
+            return
+        if logit_scale is None:
+            raise ValueError("learn_scale: got True without logit_scale, want the scale to start from, e.g. 14.3")
+        self._start, self.fixed_scale = float(logit_scale), None
+        check_number("logit_scale", self._start)
+        if self.max_scale is not None and self.max_scale < self._start:
+            raise ValueError(f"max_scale: got {self.max_scale}, want at least logit_scale, {self._start}")
+        # FSDP shards no parameter that is 0-dim.
+        self.log_scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learned scale to where it starts: ``to_empty`` after a construction on the meta device needs that."""
+        if self.log_scale is not None:
+            nn.init.constant_(self.log_scale, math.log(self._start))
+
+    @property
+    def logit_scale(self) -> Tensor | float | None:
+        """The scale: of a learned one the present value, 0-dim, without gradient (a DTensor where FSDP holds it)."""
+        if self.log_scale is None:
+            return self.fixed_scale
+        with torch.no_grad():
+            scale = self._bounded_exp(self.log_scale)
+        return scale.squeeze() if type(scale) is Tensor else scale
+
+    @logit_scale.setter
+    def logit_scale(self, value: Tensor | float | None) -> None:
+        if self.log_scale is None:
+            self.fixed_scale = value
+        else:
+            start = 0.0 if value is None else float(value)
+            check_number("logit_scale", start)
+            nn.init.constant_(self.log_scale, math.log(start))
+
+    def _bounded_exp(self, log_scale: Tensor) -> Tensor:
+        if self.max_scale is None:
+            return log_scale.exp()
+        scale: Tensor = _BoundedExp.apply(log_scale, self.max_scale)
+        return scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _STATE:
+            super().__setattr__(name, value)
+            return
+        if value is not None or name != "fixed_scale":
+            check_number(_STATE[name], value)
+        if hasattr(self, name):
+            delattr(self, name)  # a number takes a tensor's place, or a tensor a number's
+        if isinstance(value, nn.Parameter):
+            super().__setattr__(name, value)
+        elif isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            object.__setattr__(self, name, value if value is None or isinstance(value, float) else float(value))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        log_scale = state_dict.get(prefix + "log_scale")
+        if log_scale is not None and log_scale.dim() == 0:
+            state_dict[prefix + "log_scale"] = log_scale.reshape(1)
+        if (local_metadata.get("version") or 1) < 2:
+            for name in self._buffers:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward(
         self,
@@ -106,9 +207,9 @@ class ModestAlignLoss(nn.Module):
                 raise ValueError(
                     "logit_scale: got one in the call while this loss learns its own, want one or the other"
                 )
-            logit_scale = self.log_scale.exp()
+            logit_scale = self._bounded_exp(self.log_scale)
         elif logit_scale is None:
-            logit_scale = self.logit_scale
+            logit_scale = self.fixed_scale
         if logit_scale is None:
             raise ValueError(
                 "logit_scale: got none, want one in the call or an owned one, as in ModestAlignLoss(logit_scale=14.3)"
@@ -130,13 +231,30 @@ class ModestAlignLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        """The settings, as ``repr`` shows them."""
-        scale = (
-            "per call"
-            if self.logit_scale is None
-            else f"{self.logit_scale}{' (learned)' if self.log_scale is not None else ''}"
-        )
+        """The settings and the present scale, as ``repr`` shows them."""
+        value: Tensor | float | None = self.log_scale
+        if self.log_scale is None or _is_here(self.log_scale):
+            value = self.logit_scale
+        scale = "per call" if value is None else _shown(value)
+        if self.log_scale is not None:
+            scale += " (learned)" if self.max_scale is None else f" (learned, at most {self.max_scale})"
         return (
-            f"noise_std={self.noise_std}, smoothing={self.smoothing}, relative_noise={self.relative_noise}, "
-            f"logit_scale={scale}, symmetric={self.symmetric}, backend={self.backend!r}"
+            f"noise_std={_shown(self.noise_std)}, smoothing={_shown(self.smoothing)}, "
+            f"relative_noise={self.relative_noise}, logit_scale={scale}, symmetric={self.symmetric}, "
+            f"backend={self.backend!r}"
         )
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether there is a value to read: on the meta device, in another rank's shard or freed by FSDP there is none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.numel() == 1 and not tensor.is_meta
+    return plain and tensor.untyped_storage().nbytes() > 0
+
+
+def _shown(value: Tensor | float) -> str:
+    """``value`` for ``repr``, which must neither fail nor wait for other ranks."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    if not _is_here(value):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} on {value.device}"
+    return str(float(f"{value.item():.6g}"))

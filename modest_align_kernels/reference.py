@@ -32,14 +32,15 @@ def perturb_normalize(
         relative_noise: see ``noise_std``.
 
     Returns:
-        [rows, D], unit rows; a zero row stays zero.
+        [rows, D], unit rows; a zero row stays zero. A row whose norm is below 1e-12 has no gradient.
     """
     if seed is not None and noise_std > 0:
         noise = gaussian_noise(seed, noise_stream, 0, x.shape[0], x.shape[1]).to(x.dtype)
         if relative_noise:
             noise = noise * x.detach().square().mean(1, keepdim=True).sqrt()
         x = x + noise_std * noise
-    return torch.nn.functional.normalize(x, dim=1, eps=1e-12)
+    unit = torch.nn.functional.normalize(x, dim=1, eps=1e-12)
+    return torch.where(x.detach().norm(dim=1, keepdim=True) < 1e-12, unit.detach(), unit)
 
 
 def _logits(

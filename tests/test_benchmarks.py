@@ -45,9 +45,11 @@ def test_every_workload_is_stored_with_its_origin(stored) -> None:
     assert {"device", "threads", "memory_gib"} <= set(stored["machine"])
     assert stored["left_out"] == {}
     for case in stored["workloads"]:
-        assert {"versions", "commit", "date"} <= set(case)
+        assert {"versions", "commit", "date", "wait_policy"} <= set(case)
         for result in case["results"].values():
             assert "failed" in result or (len(result["seconds"]) == 2 and min(result["seconds"]) > 0)
+    cases = [{**case, "wait_policy": "passive"} for case in stored["workloads"]]
+    assert table.heading(stored, cases).endswith("`OMP_WAIT_POLICY` passive.")
 
 
 def test_losses_are_side_by_side_with_the_floor(stored) -> None:
@@ -303,11 +305,15 @@ def test_sentences_are_one_line() -> None:
     assert len(clock.sentence(RuntimeError("x" * 500))) == 160
 
 
-def test_a_machine_and_an_origin_have_their_facts() -> None:
+def test_a_machine_and_an_origin_have_their_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.machine("cpu")
     assert found["device"]
     assert found["memory_gib"] > 0
     assert machine.origin()["versions"]["torch"] == torch.__version__
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert machine.origin()["wait_policy"] == "passive"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert machine.origin()["wait_policy"] == "unset"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -118,6 +119,26 @@ def test_flags_of_the_cpu_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert "-fsanitize=address" in flags_of(sanitized, target)
     with pytest.raises(SystemExit, match="MODEST_ALIGN_SANITIZE: got 'memory', want address, undefined or thread"):
         ninja_file(monkeypatch, tmp_path, MODEST_ALIGN_SANITIZE="memory")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("system", "machine"), [("linux", "aarch64"), ("darwin", "arm64"), ("linux", "riscv64")])
+def test_other_machines_get_one_level_and_no_flag_of_x86(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, machine: str
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(sys, "platform", system)
+    setup = load_setup(monkeypatch, MODEST_ALIGN_CUDA="0", CXX="c++")
+    assert setup.LEVELS == {"baseline": []}
+    text = setup.ninja_file(tmp_path)
+    flags = " ".join(re.findall("^  flags = (.*)$", text, re.MULTILINE)).split()
+    assert not [flag for flag in flags if flag.startswith("-m") or "X86" in flag]
+    assert ("dynamic_lookup" in flags_of(text, "_C.so")) == (system == "darwin")
+    objects = re.findall(r"^build \S*/cpu/(\S+)\.o:", text, re.MULTILINE)
+    assert objects == sorted(
+        f"{source.stem}.{'once' if source.stem == 'dispatch' else 'baseline'}"
+        for source in (ROOT / "csrc" / "cpu").glob("*.cpp")
+    )
 
 
 @needs_compiler

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +51,19 @@ def test_python_m_is_the_same(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == f"modest-align: {tmp_path} is not a trained run: it has no best.pt\n"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_waiting_threads_leave_the_cores_to_others(tmp_path, given, policy):
+    """OpenMP itself says which policy it has read, when PyTorch is loaded."""
+    own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-m", "modest_align_train", "evaluate", str(tmp_path)],
+        env={**own, **given, "OMP_DISPLAY_ENV": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"OMP_WAIT_POLICY ?= ?'(\w+)'", done.stderr) == [policy]
 
 
 def test_the_command_line_goes_before_the_file(tmp_path, config, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
 from modest_align_kernels.dispatch import operand_dtype
@@ -52,6 +54,17 @@ def test_compiles_once_for_all_batch_sizes_and_seeds(groups: bool, backend: str)
         assert not torch.equal(got[0], grads_of(compiled, *args)[0]), "each call draws fresh noise"
         frames.append(counter.frame_count)
     assert frames == frames[:1] * 3
+
+
+def test_compiles_with_one_tensor_on_both_sides() -> None:
+    torch._dynamo.reset()
+    x = make_features(CASE, torch.float32)[0].requires_grad_()
+
+    def loss(x):
+        return modest_align_loss(x, x, 10.0)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(function(x), x) for function in (compiled, loss)))
 
 
 @pytest.mark.slow
@@ -133,14 +146,17 @@ def test_operators_keep_their_contracts(backend: str) -> None:
     for col_count in (6, 9, 0):
         args = (x_hat, y_hat, scale, row_ids, col_ids, True)
         torch.library.opcheck(op.contrastive_stats, args, {"col_count": col_count, **where}, test_utils=checks)
-    row_lse, col_lse = op.contrastive_stats(x_hat, y_hat, scale, None, None, True, col_count=6, **where)
+    row_lse, col_lse, _ = op.contrastive_stats(x_hat, y_hat, scale, None, None, True, col_count=6, **where)
     for want_x, want_y in ((True, True), (False, True), (True, False)):
         args = (x_hat, y_hat, scale, row_lse, col_lse, row_lse.cos(), col_lse.cos(), row_ids, col_ids, False)
         wanted = {"want_x": want_x, "want_y": want_y, **where}
         torch.library.opcheck(op.contrastive_grads, args, wanted, test_utils=checks)
-    args = (x_hat, x_hat, inv_norm, y_hat[:6], row_lse, torch.zeros(2, x_hat.shape[1]), scale)
-    wanted = {"features": 8, "dtype": torch.bfloat16, **where}
-    torch.library.opcheck(op.perturb_normalize_backward, args, wanted, test_utils=checks)
+    for smoothing, ids in ((None, (None, None)), (torch.tensor(0.1), (None, None)), (std, (row_ids, col_ids))):
+        args = (row_lse, col_lse, row_lse.cos(), scale, smoothing, x_hat, y_hat, *ids)
+        torch.library.opcheck(op.pair_losses, args, where, test_utils=checks)
+        args = (x_hat, x_hat, inv_norm, y_hat, row_lse, scale, std, smoothing, *ids, row_lse.cos(), row_lse.sin())
+        wanted = {"features": 8, "dtype": torch.bfloat16, **where}
+        torch.library.opcheck(op.perturb_normalize_backward, args, wanted, test_utils=checks)
 
 
 def test_no_gradient_no_saved_tensors() -> None:
@@ -149,3 +165,86 @@ def test_no_gradient_no_saved_tensors() -> None:
     with torch.no_grad():
         loss = modest_align_loss(x, y, 10.0)
     assert not loss.requires_grad
+
+
+class CallCount(TorchDispatchMode):
+    """Counts the calls that PyTorch's dispatcher gets: on a GPU small batches take as long as these do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+IDS = torch.arange(40) % 7
+MODES = {
+    "plain": (16, {}),
+    "one direction": (16, {"symmetric": False}),
+    "noise": (18, {"noise_std": 0.1}),
+    "smoothing": (19, {"noise_std": 0.1, "smoothing": 0.1}),
+    "groups": (20, {"group_ids": IDS[:24]}),
+    "groups and smoothing": (23, {"noise_std": 0.1, "smoothing": 0.1, "group_ids": IDS[:24]}),
+    "groups of both sides and smoothing": (25, {"noise_std": 0.1, "smoothing": 0.1, "group_ids": (IDS[:24], IDS)}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_is_few_calls(mode: str, backend: str) -> None:
+    at_most, options = MODES[mode]
+    x, y = (t.requires_grad_() for t in make_features(Case("", 24, 40, 16), torch.float32))
+    scale = torch.tensor(14.3, requires_grad=True)
+    with CallCount() as count:
+        modest_align_loss(x, y, scale, backend=backend, **options).backward()
+    assert count.calls <= at_most
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flops_are_counted(backend: str) -> None:
+    x, y = make_features(Case("", 24, 40, 64), torch.float32)
+    of_a_matmul, again = 2 * 24 * 40 * 64, backend != "native"  # which keeps the exponentials of so few rows
+    for wanted, matmuls in (((True, True), 3 + again), ((True, False), 2 + again), ((False, False), 1)):
+        features = [t.clone().requires_grad_(is_wanted) for t, is_wanted in zip((x, y), wanted, strict=True)]
+        with FlopCounterMode(display=False) as counter:
+            loss = modest_align_loss(*features, 14.3, smoothing=0.1, backend=backend)
+            if any(wanted):
+                loss.backward()
+        assert counter.get_total_flops() == matmuls * of_a_matmul
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func(backend: str) -> None:
+    x, y = make_features(CASE, torch.float32)
+    scale, smoothing = torch.tensor(14.3), torch.tensor(0.1)
+
+    def loss(x, y, scale, smoothing):
+        return modest_align_loss(x, y, scale, smoothing=smoothing, group_ids=torch.arange(24) // 2, backend=backend)
+
+    inputs = [t.clone().requires_grad_() for t in (x, y, scale, smoothing)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.func.grad(loss, argnums=(0, 1, 2, 3))(x, y, scale, smoothing)
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=0.0)
+    value, pull = torch.func.vjp(loss, x, y, scale, smoothing)
+    torch.testing.assert_close(pull(torch.tensor(2.0)), tuple(2 * t for t in expected))
+    assert torch.equal(value, loss(x, y, scale, smoothing))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, y, scale, smoothing).sum())(x)
+    with pytest.raises(RuntimeError, match=r"has no torch\.vmap: got several batches at once"):
+        torch.func.vmap(loss, in_dims=(0, 0, None, None))(x.expand(3, 24, 16), y.expand(3, 24, 16), scale, smoothing)
+    # PyTorch's sentence: Dynamo would refuse a Function that has its own.
+    with pytest.raises(NotImplementedError, match=r"You must implement the jvp .* to use it with forward mode AD"):
+        torch.func.hessian(loss)(x, y, scale, smoothing)
+
+
+def test_functional_call() -> None:
+    model, (x, y) = Model(noise_std=0.0), make_features(CASE, torch.float32)
+    expected = grads_of(model, x, y)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x, y))
+
+    grads = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    torch.testing.assert_close(list(grads.values()), expected[1])

@@ -193,6 +193,40 @@ def test_zero_rows(backend: str) -> None:
         torch.testing.assert_close(ours[name].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_that_are_nearly_zero_have_no_gradient(backend: str, dtype: torch.dtype) -> None:
+    """Beside 1e12 times that of other rows, no step of a gradient scaler would ever be taken."""
+    x, y = (t.requires_grad_() for t in make_features(Case("", 6, 8, 8), dtype))
+    with torch.no_grad():
+        x[2], y[4], y[7] = 0.0, 0.0, 0.0
+        if dtype != torch.float16:  # to which it is zero
+            x[3] = 1e-14
+    modest_align_loss(x, y, 10.0, smoothing=0.1, backend=backend).backward()
+    assert x.grad.isfinite().all()
+    assert y.grad.isfinite().all()
+    assert not x.grad[2].any()
+    assert not y.grad[[4, 7]].any()
+    assert x.grad[3].any() == (dtype == torch.float16)
+    assert x.grad[0].any()
+
+
+def test_a_nan_row_has_a_nan_gradient(backend: str) -> None:
+    x, y = (t.requires_grad_() for t in make_features(Case("", 6, 6, 8), torch.float32))
+    with torch.no_grad():
+        x[3, 5] = math.nan
+    modest_align_loss(x, y, 10.0, backend=backend).backward()
+    assert x.grad[3].isnan().all()
+
+
+def test_a_scale_of_zero_has_a_derivative(backend: str) -> None:
+    case = Case("", 9, 11, 8, scale=0.0)
+    x, y = make_features(case, torch.float32)
+    ours = value_and_grads(loss_on(backend), x, y, case)
+    truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), case)
+    torch.testing.assert_close(ours["logit_scale"].double(), truth["logit_scale"], rtol=1e-5, atol=0.0)
+    assert not ours["image_features"].any()
+
+
 def test_nan_features_give_nan(backend: str) -> None:
     x, y = make_features(Case("", 6, 6, 8), torch.float32)
     x[3, 5] = math.nan

@@ -14,12 +14,20 @@ import pytest
 import torch
 
 from modest_align_kernels import available_backends, modest_align_loss, noise, ops, reference
-from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
+from modest_align_kernels.testing import (
+    CASES,
+    Case,
+    assert_within_budget,
+    make_features,
+    peak_extra_bytes,
+    poisoned_memory,
+)
 
 if (reason := available_backends("cpu")["native"]) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from modest_align_kernels import _C
+from modest_align_kernels.backends import native
 from modest_align_kernels.backends.native import cpu
 
 BEST = _C.cpu_level()
@@ -118,6 +126,44 @@ def test_long_noise_has_the_moments_of_a_normal() -> None:
     assert float((drawn**4).mean()) == pytest.approx(3, abs=5e-2)
 
 
+@pytest.mark.parametrize("scope", ["RTLD_GLOBAL", "RTLD_LOCAL"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_those_of_pytorchs_openmp(scope: str) -> None:
+    """Also where the process does not see OpenMP: a wheel for Arm keeps what it is linked with to itself."""
+    code = f"""
+import ctypes, os, threading
+ctypes.RTLD_GLOBAL = ctypes.{scope}  # what PyTorch loads its dependencies with
+import torch
+from modest_align_kernels import modest_align_loss
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+x = torch.randn(1024, 512)
+x @ x.T  # starts PyTorch's threads
+seen, watched = set(), True
+
+def watch():
+    while watched:
+        seen.update(threads())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+known = threads()
+for _ in range(5):
+    modest_align_loss(x, x, 14.3, backend="native")
+watched = False
+watcher.join()
+assert seen, "nobody watched"
+assert seen <= known, seen - known
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert scope == "RTLD_GLOBAL" or done.stdout == "False\n", "OpenMP was visible"
+
+
 def test_kernels_refuse_what_they_would_misread() -> None:
     x, y = make_features(Case("", 8, 8, 64), torch.float32)
     x_hat, inv_norm, _ = perturb_normalize(x, None, None, noise.IMAGES, False, None)
@@ -135,6 +181,15 @@ def test_kernels_refuse_what_they_would_misread() -> None:
         stats(x_hat, y_hat.T.contiguous().T)
     with pytest.raises(ValueError, match=r"col_ids: got shape \(7,\), want \(8,\)"):
         stats(x_hat, y_hat, torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32))
+    for kept in (torch.empty(9, 96), torch.empty(7, 48), torch.empty(8, 47)):
+        shape = rf"\({', '.join(map(str, kept.shape))}\)"
+        with pytest.raises(ValueError, match=rf"exponentials: got shape {shape}, want \(8, (48|96)\)"):
+            ops.contrastive_grads(
+                *(x_hat, y_hat, scale, inv_norm, inv_norm, inv_norm, inv_norm, None, None, True, kept),
+                want_x=True,
+                want_y=True,
+                backend="native",
+            )
     with pytest.raises(ValueError, match=r"pair_hat: got shape \(8, 32\), want \(8, 64\)"):
         ops.perturb_normalize_backward(
             *(x_hat, x_hat, inv_norm, y_hat[:, :32].contiguous(), inv_norm, scale, scale),
@@ -145,11 +200,82 @@ def test_kernels_refuse_what_they_would_misread() -> None:
         )
 
 
-def test_memory_stays_far_below_the_matrix(two_threads: None) -> None:
-    from modest_align_kernels.testing import peak_extra_bytes
+# What the exponentials that are kept may take: nothing, some rows and all of them in both dtypes, all.
+BUDGETS = {"nothing": 0, "some": 70 * 121 * 4, "all": 256 << 20}
 
+
+@pytest.fixture(params=BUDGETS)
+def budget(request, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "WORKSPACE_BYTES", BUDGETS[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("kind", ["pairs", "one direction", "groups", "large scale", "lost under one shift"])
+def test_kept_rows_are_as_good_as_computed_ones(level: str, two_threads: None, budget: str, kind: str) -> None:
+    options = {
+        "pairs": {},
+        "one direction": {"symmetric": False},
+        "groups": {"groups": 30, "smoothing": 0.1},
+        "large scale": {"scale": 1e4},
+        "lost under one shift": {"scale": 130.0, "geometry": "antipodal"},
+    }[kind]
+    for dtype in (torch.float32, torch.bfloat16) if _C.cpu_bfloat16() else (torch.float32,):
+        with poisoned_memory():
+            assert_within_budget(native_loss, Case(kind, 101, 121, 72, **options), dtype, seeds=1)
+
+
+def test_kept_exponentials_are_read_again_and_again(level: str, two_threads: None, budget: str) -> None:
+    x, y = (t.requires_grad_() for t in make_features(Case("", 101, 121, 72), torch.float32))
+    loss = native_loss(x, y, 14.3)
+    first, again, twice = (torch.autograd.grad(loss * by, (x, y), retain_graph=True) for by in (1, 1, 2))
+    for a, b, c in zip(first, again, twice, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(2 * a, c)
+
+
+def test_kept_exponentials_are_those_of_the_last_rows(level: str, budget: str) -> None:
+    x, y = make_features(Case("", 101, 121, 64), torch.float64)
+    x_hat, y_hat = (torch.nn.functional.normalize(t, dim=1).float() for t in (x, y))
+    ids = torch.arange(101, dtype=torch.int32) % 40, torch.arange(121, dtype=torch.int32) % 50
+    scale = torch.tensor(14.3)
+    given = x_hat, y_hat, scale, *ids, True
+    with poisoned_memory():
+        row_lse, col_lse, kept = ops.contrastive_stats(*given, col_count=90, keep=True, backend="native")
+    assert len(kept) == {"nothing": 0, "some": 101 - 48, "all": 101}[budget]
+    truth = (scale * x_hat.double() @ y_hat.double().T).exp()
+    truth[ids[0][:, None] == ids[1]] = 0
+    truth.fill_diagonal_(0)
+    torch.testing.assert_close(kept[:, :121].double(), truth[101 - len(kept) :], rtol=1e-5, atol=0)
+    softmaxes = row_lse, col_lse, torch.linspace(-1, 1, 101), torch.linspace(1, -1, 90)
+    wanted = {"want_x": True, "want_y": True, "backend": "native"}
+    computed = ops.contrastive_grads(*given[:3], *softmaxes, *given[3:], **wanted)
+    before = kept.clone()
+    with poisoned_memory():
+        read = ops.contrastive_grads(*given[:3], *softmaxes, *given[3:], kept, **wanted)
+    assert torch.equal(kept.nan_to_num(7), before.nan_to_num(7))
+    for ours, other in zip(read, computed, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_kept_without_a_backward_to_come() -> None:
+    x, y = (torch.randn(1000, 64, requires_grad=True) for _ in range(2))
+    matrix = 4 * 1000**2
+    assert peak_extra_bytes(lambda: native_loss(x, y, 14.3)) > matrix
+    assert peak_extra_bytes(lambda: native_loss(x.detach(), y.detach(), 14.3)) < 0.5 * matrix
+    with torch.no_grad():
+        assert peak_extra_bytes(lambda: native_loss(x, y, 14.3)) < 0.5 * matrix
+
+
+def test_kept_exponentials_stay_within_the_workspace(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
-    assert peak_extra_bytes(lambda: native_loss(x, y, 14.3).backward()) < 0.25 * 6000**2 * 4
+
+    def peak(budget: int) -> int:
+        monkeypatch.setattr(native, "WORKSPACE_BYTES", budget)
+        return peak_extra_bytes(lambda: native_loss(x, y, 14.3).backward())
+
+    nothing, some = peak(0), peak(20 << 20)
+    assert nothing < 0.25 * 6000**2 * 4
+    assert 19 << 20 < some - nothing < 21 << 20
 
 
 def test_the_stub_names_what_the_module_has() -> None:

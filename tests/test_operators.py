@@ -94,7 +94,9 @@ def test_stats(backend: str, dtype: torch.dtype, rows: int, columns: int, scale:
     for what, excluded, col_count in cases(rows, columns):
         truth = reference.contrastive_stats(x_hat.double(), y_hat.double(), scale_tensor.double(), *excluded, col_count)
         with poisoned_memory():
-            results = ops.contrastive_stats(x_hat, y_hat, scale_tensor, *excluded, col_count=col_count, backend=backend)
+            *results, _ = ops.contrastive_stats(
+                x_hat, y_hat, scale_tensor, *excluded, col_count=col_count, backend=backend
+            )
         for name, result, expected in zip(("row_lse", "col_lse"), results, truth, strict=True):
             assert result.dtype == torch.float32
             assert torch.equal(result == -math.inf, expected == -math.inf), f"{what}: {name}"
@@ -146,7 +148,7 @@ def test_grads(backend: str, dtype: torch.dtype, rows: int, columns: int, scale:
 def test_grads_of_one_side(backend: str, dtype: torch.dtype) -> None:
     x_hat, y_hat = make_operands(33, 65, backend, dtype)
     scale, excluded = torch.tensor(14.3, device=DEVICE), (None, None, True)
-    lse = ops.contrastive_stats(x_hat, y_hat, scale, *excluded, col_count=33, backend=backend)
+    *lse, _ = ops.contrastive_stats(x_hat, y_hat, scale, *excluded, col_count=33, backend=backend)
     args = x_hat, y_hat, scale, *lse, make_weights(33, 1), make_weights(33, 2), *excluded
     both = ops.contrastive_grads(*args, want_x=True, want_y=True, backend=backend)
     for side in (0, 1):

@@ -179,7 +179,8 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
     x_hat, y_hat, scale = operands(300, 130, 64, scale, "random")
     x_hat[3, 5] = torch.nan
-    row_lse, col_lse = ops.contrastive_stats(*(x_hat, y_hat, scale, None, None, False), col_count=130, backend="native")
+    excluded = None, None, False
+    row_lse, col_lse, _ = ops.contrastive_stats(x_hat, y_hat, scale, *excluded, col_count=130, backend="native")
     assert row_lse.isnan().nonzero().flatten().tolist() == [3]
     assert col_lse.isnan().all()
     x, y = make_features(Case("", 20, 30, 40), torch.float16)

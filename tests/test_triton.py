@@ -111,7 +111,7 @@ def test_persistent_experiment(monkeypatch, groups: int, scale: float) -> None:
     row_ids, col_ids = (i.to(DEVICE).int() // groups for i in ids) if groups else (None, None)
     for diagonal, col_count in ((False, 100), (True, 40)):
         a = Logits(x_hat, y_hat, torch.tensor(scale, device=DEVICE), row_ids, col_ids, diagonal)
-        lse = ops.contrastive_stats(*a, col_count=col_count, backend="triton")
+        *lse, _ = ops.contrastive_stats(*a[:6], col_count=col_count, backend="triton")
         softmaxes = Softmaxes(*lse, *(2 * torch.rand(n, device=DEVICE) - 1 for n in (100, col_count)))
         expected, results = ([torch.full(t.shape, math.nan, device=DEVICE) for t in (x_hat, y_hat)] for _ in range(2))
         grads.contrastive_grads(a, softmaxes, *expected)
@@ -200,7 +200,7 @@ def test_nan_survives_the_waves(monkeypatch) -> None:
     for scale in (14.3, 1000.0):
         scale_tensor = torch.tensor(scale, device=DEVICE)
         ids = None, None, False
-        row_lse, col_lse = ops.contrastive_stats(x_hat, y_hat, scale_tensor, *ids, col_count=130, backend="triton")
+        row_lse, col_lse, _ = ops.contrastive_stats(x_hat, y_hat, scale_tensor, *ids, col_count=130, backend="triton")
         assert row_lse.isnan().nonzero().flatten().tolist() == [3]
         assert col_lse.isnan().all()
 

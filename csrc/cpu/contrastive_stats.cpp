@@ -1,4 +1,5 @@
-// Sums of exponentials of every row and column, in a pass over the logits of which none is stored.
+// Sums of exponentials of every row and column, in a pass over the logits that stores at most exponentials of the last
+// rows, for contrastive_grads.
 #include "level.h"
 #include "logits.h"
 #include "parallel.h"
@@ -80,6 +81,7 @@ struct Collector {
   MODEST_ALIGN_METHOD void tile(const Vec (&acc)[kTileRows][kTileVectors], const Excluded& excluded, int64_t row0,
                                 int64_t col0) {
     const int count = static_cast<int>(smaller(kTileRows, i1 - row0));
+    typename Operand::Element* const kept = collect == Collect::sums ? m.kept(row0) : nullptr;
     Vec col[kTileVectors], col_shift[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
       col[v] = col_partial[v];
@@ -104,6 +106,7 @@ struct Collector {
           to_row = out ? start() : to_row;
           to_col = out ? start() : to_col;
         }
+        if (kept) store_vector(kept + r * m.a.kept_stride + col0 + v * kLanes, to_row);
         row = kMaxima ? maximum(row, to_row) : row + to_row;
         col[v] = kMaxima ? maximum(col[v], to_col) : col[v] + to_col;
       }
@@ -165,7 +168,8 @@ template <class Operand>
 void run(const ContrastiveStats& a, Team& team) {
   const Matrix<Operand> m(a);
   const Workspace w(static_cast<char*>(a.workspace), a, m.steps);
-  if (m.scale_log2 <= 2 * kHeadroom) {
+  if (m.may_share_shift()) {
+    prefer_huge_pages(a.exponentials, a.kept_rows * a.kept_stride * static_cast<int64_t>(sizeof(typename Operand::Element)));
     collect_all<Operand, Collect::sums>(m, w, team);
     const auto shift = [&](int64_t) { return m.shift; };
     const bool rows_exact = logsumexps(w.row_total, a.rows, a.row_lse, shift);

@@ -1,23 +1,53 @@
 // Threads, and which level's kernels this machine runs. Compiled once, for the oldest machine.
+#include <dlfcn.h>
+#include <strings.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../kernels.h"
 
 #define MODEST_ALIGN_LEVEL baseline  // of parallel.h, whose declarations alone are wanted
 #include "parallel.h"
 
-// The OpenMP that PyTorch brought into the process, if it is GNU's or speaks its language. Its threads go on spinning
-// for milliseconds after each of PyTorch's operations, and threads of our own would have to wait for their turn.
-extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
-
 namespace modest_align {
+namespace {
+
+using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// GOMP_parallel of the OpenMP that PyTorch is linked with, if it is GNU's or speaks its language, as LLVM's does. Its
+// threads go on spinning for milliseconds after each of PyTorch's operations, and threads of our own would have to wait
+// for their turn. Not a weak symbol: not every wheel of PyTorch makes what it is linked with visible to others.
+OpenMp openmp() {
+  static const OpenMp found = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<OpenMp>(dlsym(torch ? torch : RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return found;
+}
+
+// How long a thread looks for work before it sleeps: to wake up takes longer than many a task. Not at all where OpenMP
+// is told not to, for another process wants the core.
+std::chrono::microseconds patience() {
+  static const std::chrono::microseconds found = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return std::chrono::microseconds(policy && strcasecmp(policy, "passive") == 0 ? 0 : 50);
+  }();
+  return found;
+}
+
+}  // namespace
 
 // One region of OpenMP for a whole kernel, and in it a queue of our own: what is waited for are tasks, not threads. A
 // thread that another process holds up delays no one, while OpenMP's barriers would spin for it.
@@ -66,13 +96,12 @@ class Team {
     }
   }
 
-  // Looks for some microseconds before it sleeps: to wake up takes longer than many a task.
   template <class Ready>
   static void wait(std::unique_lock<std::mutex>& lock, std::condition_variable& condition, Ready ready) {
     if (ready()) return;
     lock.unlock();
     const auto start = std::chrono::steady_clock::now();
-    while (!ready() && std::chrono::steady_clock::now() - start < std::chrono::microseconds(50)) {
+    while (!ready() && std::chrono::steady_clock::now() - start < patience()) {
     }
     lock.lock();
     condition.wait(lock, ready);
@@ -113,7 +142,7 @@ void run_tasks(Team& team, std::int64_t tasks, void (*task)(void*, std::int64_t,
 
 void run_team(int threads, void (*body)(void*, Team&), void* context) {
   Call call{body, context, std::this_thread::get_id(), {}};
-  if (threads > 1 && GOMP_parallel) return GOMP_parallel(enter, &call, static_cast<unsigned>(threads), 0);
+  if (threads > 1 && openmp()) return openmp()(enter, &call, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> helpers;
   try {
     for (int helper = 1; helper < threads; ++helper) helpers.emplace_back(enter, &call);
@@ -122,6 +151,15 @@ void run_team(int threads, void (*body)(void*, Team&), void* context) {
   }
   enter(&call);
   for (std::thread& helper : helpers) helper.join();
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
+#ifdef __linux__
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory), end = begin + static_cast<std::uintptr_t>(bytes);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 namespace baseline {

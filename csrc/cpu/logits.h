@@ -22,6 +22,7 @@ struct Matrix {
   const Element *x_hat, *y_hat;
   int64_t steps;  // of a dot product, a word of both rows each
   float scale_log2, shift;
+  int64_t first_kept;  // row
 
   explicit Matrix(const Logits& a)
       : a(a),
@@ -29,7 +30,16 @@ struct Matrix {
         y_hat(static_cast<const Element*>(a.y_hat)),
         steps(a.width / Operand::kPerWord),
         scale_log2(*a.scale * kLog2E),
-        shift(scale_log2 > kHeadroom ? scale_log2 - kHeadroom : 0.0f) {}
+        shift(scale_log2 > kHeadroom ? scale_log2 - kHeadroom : 0.0f),
+        first_kept(a.rows - a.kept_rows) {}
+
+  // Whether one shift can serve all rows and columns: where it cannot, no exponential is kept.
+  bool may_share_shift() const { return scale_log2 <= 2 * kHeadroom; }
+
+  // The kept exponentials of a row; null before the first that has some, which begins a tile.
+  MODEST_ALIGN_METHOD Element* kept(int64_t row) const {
+    return row < first_kept ? nullptr : static_cast<Element*>(a.exponentials) + (row - first_kept) * a.kept_stride;
+  }
 };
 
 // The pairs of a tile's columns that are excluded with a row, or do not exist.

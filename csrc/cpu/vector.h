@@ -145,11 +145,14 @@ MODEST_ALIGN_INLINE Vec load_vector(const uint16_t* p) {
   return bits<Vec>(__builtin_convertvector(load<HalfVec>(p), WordVec) << 16);
 }
 MODEST_ALIGN_INLINE void store_vector(float* p, Vec x) { store(p, x); }
-MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec x) {
+// The bfloat16 nearest to each lane, in its lower half.
+MODEST_ALIGN_INLINE WordVec rounded_bfloat16(Vec x) {
   const WordVec word = bits<WordVec>(x);
   const WordVec rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  const WordVec kept = x == x ? rounded : 0x7FC0 - WordVec{};
-  store(p, __builtin_convertvector(kept, HalfVec));
+  return x == x ? rounded : 0x7FC0 - WordVec{};
+}
+MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec x) {
+  store(p, __builtin_convertvector(rounded_bfloat16(x), HalfVec));
 }
 
 // Operands by name of their type: what one step of a dot product takes, as a 32-bit word, and how it is added.
@@ -157,6 +160,7 @@ struct Float32 {
   using Element = float;
   static constexpr int kPerWord = 1;
   MODEST_ALIGN_INLINE Vec multiply_add(Vec sum, uint32_t a, WordVec b) { return sum + bits<float>(a) * bits<Vec>(b); }
+  MODEST_ALIGN_INLINE WordVec word(Vec first, Vec) { return bits<WordVec>(first); }
 };
 
 #if defined(__AVX512BF16__)
@@ -167,6 +171,9 @@ struct BFloat16 {
   MODEST_ALIGN_INLINE Vec multiply_add(Vec sum, uint32_t a, WordVec b) {
     const WordVec both = a - WordVec{};
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+  }
+  MODEST_ALIGN_INLINE WordVec word(Vec first, Vec second) {
+    return rounded_bfloat16(first) | rounded_bfloat16(second) << 16;
   }
 };
 #else

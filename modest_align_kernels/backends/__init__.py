@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from modest_align_kernels.backends.contract import Logits
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 LOG2E = math.log2(math.e)
 MIN_NORM = 1e-12
@@ -40,7 +43,8 @@ def _experiment() -> str | None:
 
 # What is tried instead of what is there.
 EXPERIMENT = _experiment()
-# What a backend may hold at once beyond its results: partial sums, or a block of G.
+# What a backend may hold at once beyond its results: partial sums, a block of G, or on a CPU the exponentials that are
+# kept from the forward to the backward.
 WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
@@ -61,6 +65,8 @@ class Backend:
         why_not: why it cannot run on a device, for features of a dtype and a number (None asks about the device alone),
             in one sentence; None if it can.
         module: for a device type, the module that has the four functions; imported when first used.
+        exponentials_shape: for B, N, the operands' dtype and a device type, the shape of what contrastive_stats keeps
+            for contrastive_grads (:class:`~modest_align_kernels.backends.contract.Logits`); without rows: nothing.
     """
 
     name: str
@@ -69,13 +75,25 @@ class Backend:
     width_multiple: int
     why_not: Callable[[torch.device, torch.dtype | None, int | None], str | None]
     module: Callable[[str], str]
+    exponentials_shape: Callable[[int, int, torch.dtype, str], tuple[int, int]] = lambda *shape: (0, 0)
+
+
+def constant_in_traces(function: _Function) -> _Function:
+    """Have Dynamo call what it cannot look into, and take the answer for a constant."""
+    # torch.compiler.assume_constant_result sets the same, and imports Dynamo, which takes a second.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_traces
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def computed_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that features count as: autocast's, unless they are float64."""
-    if torch.is_autocast_enabled(device.type) and features != torch.float64:
-        return torch.get_autocast_dtype(device.type)
-    return features
+    autocast = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast and features != torch.float64 else features
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -147,6 +147,9 @@ class Logits(NamedTuple):
         row_ids: int32 [B], or None: no pair is excluded by its ids.
         col_ids: int32 [N], or None with it.
         exclude_diagonal: see above.
+        exponentials: exponentials of the last rows, in the operands' dtype and in whatever form its backend likes, that
+            contrastive_stats writes and contrastive_grads reads, as often as there is a backward; None or without
+            elements: nothing is kept.
     """
 
     x_hat: Tensor
@@ -155,6 +158,7 @@ class Logits(NamedTuple):
     row_ids: Tensor | None
     col_ids: Tensor | None
     exclude_diagonal: bool
+    exponentials: Tensor | None = None
 
 
 class Softmaxes(NamedTuple):

@@ -23,6 +23,7 @@ from modest_align_kernels.backends import (
     accumulate_products,
     accumulation_dtype,
     blocks,
+    constant_in_traces,
     even_block,
     gain_of,
 )
@@ -169,9 +170,9 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     if row_ids is not None and col_ids is not None:
         paired_ids = col_ids[:pairs]
         apart = (row_ids != paired_ids).to(apart.dtype)
-        for negatives, ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
+        for negatives, all_ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
             counts = negatives.new_zeros(pairs + 1)
-            _add_rows(counts, ids, counts.new_ones(len(ids)))
+            _add_rows(counts, all_ids, counts.new_ones(len(all_ids)))
             negatives.sub_(counts[of_ids])
     on_pair = torch.zeros_like(pair_dot)
     slope.zero_()
@@ -300,19 +301,21 @@ def _softmax_log2(lse: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(log2, (0, length - len(log2)), value=math.inf)
 
 
-def _logsumexp2(logits: Tensor, dim: int) -> Tensor:
-    """log2 of the sum of 2^logits; -inf where all are -inf."""
-    maximum = logits.amax(dim, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
-    return (logits - maximum).exp2_().sum(dim).log2_() + maximum.squeeze(dim)
+def _sums_dtype(operands: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of sums of exponentials: float64 where a CPU has it for nothing, and some devices have none at all."""
+    return torch.float64 if device.type == "cpu" else accumulation_dtype(operands)
 
 
 def _log2_sums(a: Logits, scale_log2: Tensor, shift: Tensor | None, col_count: int) -> tuple[Tensor, Tensor]:
-    """log2 of each row's and column's sum of exponentials, in float64; with a shift one exp2 an element, else two."""
-    rows, columns, device = len(a.x_hat), len(a.y_hat), a.x_hat.device
-    start = -math.inf if shift is None else 0.0
-    row_sum, col_sum = (torch.full((n,), start, dtype=torch.float64, device=device) for n in (rows, col_count))
+    """log2 of each row's and column's sum of exponentials; with a shift one exp2 an element, else two."""
+    rows, columns, dtype, device = len(a.x_hat), len(a.y_hat), a.x_hat.dtype, a.x_hat.device
+    row_sum, col_sum = (torch.zeros(n, dtype=_sums_dtype(dtype, device), device=device) for n in (rows, col_count))
     block = even_block(rows, BLOCK_ROWS), even_block(columns, BLOCK_COLUMNS)
-    buffer = torch.empty(block, dtype=accumulation_dtype(a.x_hat.dtype), device=device)
+    buffer = torch.empty(block, dtype=accumulation_dtype(dtype), device=device)
+    # Of what is in a sum so far: it is the sum of 2^(logit - maximum).
+    row_max, col_max = (
+        torch.full_like(s, torch.finfo(buffer.dtype).min, dtype=buffer.dtype) for s in (row_sum, col_sum)
+    )
     for i in blocks(rows, block[0]):
         for j in blocks(columns, block[1]):
             logits = _logits(a, scale_log2, i, j, buffer[: i.stop - i.start, : j.stop - j.start])
@@ -324,17 +327,29 @@ def _log2_sums(a: Logits, scale_log2: Tensor, shift: Tensor | None, col_count: i
                 col_sum[j] += counted.sum(0)
             else:
                 _fill_excluded(logits, a, i, j, -math.inf)
-                row_sum[i] = torch.logaddexp2(row_sum[i], _logsumexp2(logits, 1).to(row_sum.dtype))
-                col_sum[j] = torch.logaddexp2(col_sum[j], _logsumexp2(counted, 0).to(col_sum.dtype))
+                _add_exponentials(row_sum[i], row_max[i], logits, 1)
+                _add_exponentials(col_sum[j], col_max[j], counted, 0)
     if shift is not None:
         return row_sum.log2() + shift, col_sum.log2() + shift
-    return row_sum, col_sum
+    return row_sum.log2() + row_max, col_sum.log2() + col_max
+
+
+def _add_exponentials(total: Tensor, maximum: Tensor, logits: Tensor, dim: int) -> None:
+    """Add sums of 2^logits to total * 2^maximum. Logarithms of float32 in its place would round at every block."""
+    larger = torch.maximum(maximum, logits.amax(dim))
+    total.mul_((maximum - larger).exp2_()).add_((logits - larger.unsqueeze(dim)).exp2_().sum(dim))
+    maximum.copy_(larger)
+
+
+@constant_in_traces
+def _mkldnn_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]
 
 
 def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
-    fast = features == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = features == torch.bfloat16 and device.type == "cpu" and _mkldnn_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from modest_align_kernels.backends import Backend, eager, native, round_up, triton
 
 # In the order in which ``backend="auto"`` tries them.
@@ -11,3 +13,8 @@ BACKENDS: dict[str, Backend] = {b.name: b for b in (native.BACKEND, triton.BACKE
 def operand_width(features: int, backend: str) -> int:
     """The row length of a backend's x_hat and y_hat for D features."""
     return round_up(features, BACKENDS[backend].width_multiple)
+
+
+def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type: str, backend: str) -> tuple[int, int]:
+    """The shape of what a backend keeps of the exponentials of B rows and N columns."""
+    return BACKENDS[backend].exponentials_shape(rows, columns, dtype, device_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
     """
+    # OpenMP reads it when PyTorch is loaded. By default threads spin while they wait: beside other busy processes they
+    # keep each other from the cores, and a training step takes twice as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = list(sys.argv[1:] if args is None else args)
     try:
         config = _config_file(args) if args[:1] == ["train"] else None

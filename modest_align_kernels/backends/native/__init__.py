@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from modest_align_kernels.backends import GPU_FEATURES, Backend, computed_dtype
+from modest_align_kernels.backends import (
+    GPU_FEATURES,
+    WORKSPACE_BYTES,
+    Backend,
+    computed_dtype,
+    constant_in_traces,
+    round_up,
+)
 
 try:
     from modest_align_kernels import _C
@@ -17,10 +24,15 @@ else:
     _MISSING = None
 
 
+@constant_in_traces
+def _cpu_bfloat16() -> bool:
+    return _C.cpu_bfloat16()
+
+
 def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if features == torch.bfloat16 and _C.cpu_bfloat16() else torch.float32
+    return torch.bfloat16 if features == torch.bfloat16 and _cpu_bfloat16() else torch.float32
 
 
 def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | None) -> str | None:
@@ -37,9 +49,20 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
             return f'the CUDA kernels multiply float16 operands: {dtype} features run on backend="triton" or "eager"'
         if features is not None and features > GPU_FEATURES:
             return f"the CUDA kernels take rows of at most {GPU_FEATURES:,} features, not {features:,}"
-    elif device.type != "cpu":
+    elif device.type not in ("cpu", "meta"):
         return f"the compiled kernels are written for CPUs and NVIDIA GPUs, not for {device.type}"
     return None
+
+
+def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
+    """As many of the last rows as fit the workspace, with the strides and the first row that csrc/kernels.h wants."""
+    if device_type != "cpu":
+        return 0, 0
+    # Rounded up to a cache line, and one more: rows a multiple of a page apart would all fall into the same few sets
+    # of a cache. The padding does not count, or 8,192 x 8,192 would just miss 256 MiB.
+    stride = round_up(columns, 32) + 64 // dtype.itemsize
+    first = round_up(max(rows - WORKSPACE_BYTES // max(columns * dtype.itemsize, 1), 0), 24)
+    return max(rows - first, 0), stride
 
 
 BACKEND = Backend(
@@ -49,4 +72,5 @@ BACKEND = Backend(
     width_multiple=64,
     why_not=_why_not,
     module=lambda device_type: f"{__name__}.{device_type}",
+    exponentials_shape=exponentials_shape,
 )

@@ -5,16 +5,17 @@ The compiled kernels see no dtype, no strides and no device: what they would mis
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modest_align_kernels.backends import round_up
+
 # The codes of Dtype in csrc/kernels.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_OPERANDS = {"x_hat", "y_hat", "pair_hat"}
+_OPERANDS = {"x_hat", "y_hat", "pair_hat", "exponentials"}
 # Of all others float32.
 _DTYPES = {"seed": torch.int64, **dict.fromkeys(("ids", "pair_ids", "row_ids", "col_ids"), torch.int32)}
 # Of each tensor the extents, in the words of csrc/kernels.h.
@@ -30,6 +31,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     "col_ids": ("columns",),
     "pair_ids": ("pair_rows",),
     "pair_hat": ("pair_rows", "width"),
+    "exponentials": ("last_rows", "last_stride"),
 }
 
 
@@ -44,21 +46,26 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
     Raises:
         TypeError: a tensor's dtype is another than the kernel reads or writes.
         ValueError: a tensor is on another device, not contiguous, or of another shape, or operands are of a dtype that
-            the kernels do not have: they would be read and written past their end.
+            the kernels do not have: they would be read and written past their end. Or there are no rows or features.
     """
     hat = values["x_hat"]
     operand_dtype = operands[0] if hat is None else hat.dtype
     if operand_dtype not in operands:
         raise ValueError(f"operand_dtype: got {operand_dtype}, want {' or '.join(map(str, operands))} here")
     extents = _extents(values)
+    for extent in () if hat is None else ("rows", "columns", "width"):
+        if extents.get(extent) == 0:
+            raise ValueError(f"{extent}: got 0, want at least 1: the kernels divide by it")
     # What a function does not say by a name of its own: all rows are paired, or all that are there.
-    all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs"), **extents}
+    all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs", 0), **extents}
+    if extents.get("kept_rows"):
+        all_extents |= _last_extents(extents)
     given: dict[str, Any] = {"operand_dtype": DTYPES[operand_dtype], **extents}
     for name, value in values.items():
         if name not in _SHAPES:
             given[name] = value
             continue
-        if value is None:
+        if value is None or (name == "exponentials" and not extents["kept_rows"]):
             given[name] = 0
             continue
         dtype = operand_dtype if name in _OPERANDS else _DTYPES.get(name, torch.float32)
@@ -79,7 +86,11 @@ def _extents(values: dict[str, Any]) -> dict[str, int]:
     if "y_hat" in values:
         rows = len(values["row_lse"])
         columns, width = (rows, 0) if values["y_hat"] is None else values["y_hat"].shape
-        return {"rows": rows, "columns": columns, "col_count": len(values["col_lse"]), "width": width}
+        extents = {"rows": rows, "columns": columns, "col_count": len(values["col_lse"]), "width": width}
+        if "exponentials" in values:
+            kept = values["exponentials"]
+            extents["kept_rows"], extents["kept_stride"] = (0, 0) if kept is None else kept.shape
+        return extents
     rows, width = values["x_hat"].shape
     pair_hat = values["pair_hat"]
     if "x" in values:
@@ -87,6 +98,13 @@ def _extents(values: dict[str, Any]) -> dict[str, int]:
         return {"rows": rows, "pairs": pairs, "features": values["x"].shape[1], "width": width}
     extents = {"rows": rows, "pairs": len(values["pair_weight"]), "pair_rows": len(pair_hat)}
     return extents | {"features": values["dx"].shape[1], "width": width}
+
+
+def _last_extents(extents: dict[str, int]) -> dict[str, int]:
+    """What kernels.h wants of the exponentials that are kept, and beyond that any number of rows."""
+    rows, first = extents["rows"], max(extents["rows"] - extents["kept_rows"], 0)
+    last_rows = rows - min(round_up(first, 24), (rows - 1) // 24 * 24)
+    return {"last_rows": last_rows, "last_stride": max(extents["kept_stride"], round_up(extents["columns"], 32) + 16)}
 
 
 def _refusal(

@@ -20,6 +20,8 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
             return (
                 "Triton needs a GPU (TRITON_INTERPRET=1, set before Python starts, runs its kernels on the CPU, slowly)"
             )
+    elif device.type == "meta":
+        pass
     elif device.type != "cuda":
         return f"the Triton kernels are written for NVIDIA and AMD GPUs, not for {device.type}"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

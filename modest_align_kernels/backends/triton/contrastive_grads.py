@@ -206,7 +206,7 @@ def softmax_factors(
 
 def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
-    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal = a
+    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal, _ = a
     row_lse, col_lse, row_weight, col_weight = softmaxes
     (rows, width), columns = x_hat.shape, y_hat.shape[0]
     tile = choose_tile(x_hat.device, x_hat.dtype)

@@ -150,7 +150,7 @@ def merge_kernel(
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
-    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal = a
+    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal, _ = a
     (rows, width), columns, col_count = x_hat.shape, y_hat.shape[0], len(col_lse)
     tile = choose_tile(x_hat.device, x_hat.dtype)
     tiles_of_columns = triton.cdiv(columns, tile.block_columns)

@@ -132,7 +132,7 @@ def rare_grads_kernel(
 
 def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
-    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal = a
+    x_hat, y_hat, scale, row_ids, col_ids, exclude_diagonal, _ = a
     row_lse, col_lse, row_weight, col_weight = softmaxes
     (rows, width), columns, device = x_hat.shape, y_hat.shape[0], x_hat.device
     hopper = device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
