@@ -238,8 +238,7 @@ def group_sums(
     if ids[0] is not None:
         table = total.new_empty((sides, kinds, numbers, width))
         bounds, open_ids = ids[0].new_zeros((sides, 2, numbers)), ids[0].new_empty(chunks)
-        ordered[0] = ids[0].sort(stable=True)
-        ordered[-1] = ordered[0] if ids[-1] is ids[0] else ids[-1].sort(stable=True)
+        ordered = [its_ids.sort(stable=True) for its_ids in ids]
     (in_order, order), (other_in_order, other_order) = ordered[0], ordered[-1]
     two_sides = sides == 2
     group_sums_kernel[(chunks * kinds, triton.cdiv(width, _FEATURES))](
