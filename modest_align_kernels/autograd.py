@@ -63,7 +63,7 @@ def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tupl
     return row_numbers, first.masked_fill_(first == end, rows)
 
 
-class _OnlyFirstDerivatives(torch.autograd.Function):
+class OnlyFirstDerivatives(torch.autograd.Function):
     """(whose they are, what they depend on, gradients) -> gradients, whose differentiation raises."""
 
     @staticmethod
@@ -143,7 +143,7 @@ class ContrastiveLoss(torch.autograd.Function):
             with torch.no_grad():
                 gradients = _gradients(ctx, grad_loss)
             if torch.is_grad_enabled():
-                gradients = _OnlyFirstDerivatives.apply("modest_align_loss", ctx.saved_tensors[0], *gradients)
+                gradients = OnlyFirstDerivatives.apply("modest_align_loss", ctx.saved_tensors[0], *gradients)
         return *gradients, *(None,) * 5
 
     @staticmethod
@@ -216,7 +216,7 @@ class ContrastiveLogsumexp(torch.autograd.Function):
             if torch.is_grad_enabled():
                 name, (row_lse, col_lse, *_) = "contrastive_logsumexp", ctx.saved_tensors
                 depend_on = row_lse if grad_row is not None else col_lse
-                gradients = _OnlyFirstDerivatives.apply(name, depend_on, *gradients)
+                gradients = OnlyFirstDerivatives.apply(name, depend_on, *gradients)
         return *gradients, *(None,) * 3
 
     @staticmethod
@@ -271,21 +271,25 @@ def _of_inputs(
     run_x = want_x or (want_scale and not want_y)
     if not (run_x or want_y):
         return None, None, None
-    backend = ctx.options.backend
     grad_x, grad_y = ops.contrastive_grads(
-        x_hat, y_hat, scale, *softmaxes, want_x=run_x, want_y=want_y, backend=backend
+        x_hat, y_hat, scale, *softmaxes, want_x=run_x, want_y=want_y, backend=ctx.options.backend
     )
     d_x = d_y = None
     if run_x:
         of_pairs = y_hat, pair_weight, scale, factor, *of_x
-        given = {"features": ctx.features, "dtype": ctx.dtypes[0], "backend": backend}
-        d_x, dot = ops.perturb_normalize_backward(grad_x, x_hat, x_inv_norm, *of_pairs, **given)
+        d_x, dot = through_normalisation(ctx, 0, grad_x, x_hat, x_inv_norm, *of_pairs)
     del grad_x
     if want_y:
         of_pairs = x_hat, pair_weight, scale, factor, *of_y
-        given = {"features": ctx.features, "dtype": ctx.dtypes[1], "backend": backend}
-        d_y, dot = ops.perturb_normalize_backward(grad_y, y_hat, y_inv_norm, *of_pairs, **given)
+        d_y, dot = through_normalisation(ctx, 1, grad_y, y_hat, y_inv_norm, *of_pairs)
     return d_x if want_x else None, d_y, dot.sum() if want_scale else None
+
+
+def through_normalisation(ctx: Any, side: int, *terms: Any) -> tuple[Tensor, Tensor]:
+    """The gradient to x (side 0) or y, and the rows' dots: ``perturb_normalize_backward``, which gets ``terms``."""
+    return ops.perturb_normalize_backward(
+        *terms, features=ctx.features, dtype=ctx.dtypes[side], backend=ctx.options.backend
+    )
 
 
 # apply() asks for the signature in every call, and would parse it each time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from modest_align_kernels.autograd import ContrastiveLogsumexp, ContrastiveLoss,
 from modest_align_kernels.backends import accumulation_dtype
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 _FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBER_TYPES = (numbers.Real, torch.SymInt, torch.SymFloat)  # NumPy's scalars are numbers.Real
@@ -26,6 +26,12 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_scale": ("a finite float > 0", lambda value: 0 < value < math.inf),
     "noise_std": ("a finite float >= 0", lambda value: 0 <= value < math.inf),
     "smoothing": ("a float in [0, 1]", lambda value: 0 <= value <= 1),
+}
+# What an argument that is a word may be.
+_CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "strategy": ("auto", "gather", "ring"),
+    "gradient_reduction": ("mean", "sum"),
 }
 
 
@@ -41,7 +47,9 @@ def modest_align_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     symmetric: bool = True,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None = None,
+    strategy: str = "auto",
+    gradient_reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D).
@@ -64,6 +72,22 @@ def modest_align_loss(
     row whose norm is below 1e-12 has a gradient of zero: the formula's is up to 1e12 times that of other rows. A second
     derivative raises RuntimeError. ``torch.manual_seed`` governs the noise; each call draws fresh noise.
 
+    With a process group, B and N are those of all ranks together (rank after rank, the texts past B last), and
+
+    - every rank returns the same number, the loss of the global batch; ``reduction="none"``, those of this rank's pairs;
+    - the features and weights receive W times the derivative, so that the mean over the W ranks that DDP and FSDP take
+      of the parameters' gradients is exact, however unequal the shards (``gradient_reduction="sum"``: once);
+    - ``logit_scale`` and ``smoothing`` receive the derivative of the global loss, the same on every rank, so that a
+      parameter that nothing averages stays in step (``gradient_reduction="sum"``: divided by W).
+
+    In other words: where rank r makes J_r of what is returned, the gradients are those of the mean of all J_r, or where
+    the loss was reduced to one number for trainers that sum, of its mean, too. Every rank must make the same calls, and
+    as many backward passes. Shards may have any lengths, also 0. What the ranks must have alike and have not, or what
+    one of them refuses, is raised on all of them in the same sentence; that takes one all-gather of four integers in
+    each call, for which the host waits (not the GPU, if the group has a backend for CPU tensors, as that of
+    ``init_process_group()`` has). If a rank dies the others end with the group's timeout. ``torch.compile`` breaks its
+    graph here.
+
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
     checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
     (with PyTorch's CUDA graphs one for each value: a tensor does not).
@@ -85,7 +109,13 @@ def modest_align_loss(
             weight 0 is still a negative of the others; where all are 0, so is the loss. Gradients flow to them, too.
         reduction: "mean"; "sum", of w l; or "none": w l, [B].
         symmetric: False keeps only the image-to-text direction, with weight 1.
-        process_group: not None raises NotImplementedError in this version.
+        process_group: the ranks over which the batch is spread: a torch.distributed.ProcessGroup, a DeviceMesh of one
+            dimension, or a tuple, a DeviceMesh and that dimension of it whose ranks have different pairs. The features,
+            ids and weights are this rank's shard; see below. None: this process has all.
+        strategy: how the ranks see each other's texts: "gather" them all, rows of [N, D] of all ranks and as many of
+            their gradient; let them go around in a "ring", in memory that does not grow with the ranks, for a third
+            more traffic; or "auto", the ring where gathering takes more than 16 times MODEST_ALIGN_WORKSPACE_MIB.
+        gradient_reduction: what the trainer makes of the ranks' gradients of a parameter: their "mean" or their "sum".
         backend: "auto", or a name of :func:`available_backends`.
 
     Returns:
@@ -97,6 +127,59 @@ def modest_align_loss(
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    call = image_features, text_features, logit_scale, noise_std, relative_noise, smoothing
+    call += group_ids, weights, reduction, symmetric, backend, strategy, gradient_reduction
+    if process_group is not None:
+        from modest_align_kernels import distributed  # imports Dynamo, which takes a second
+
+        loss: Tensor = distributed.outside_graphs(_loss_of_ranks, process_group, *call)
+        return loss
+    x, y, scale, mass, given_ids, weights, noise_std, options = _prepare_loss(*call)
+    if x.shape[0] == 0:
+        return _loss_of_nothing(x, y, scale, mass, weights, reduction)
+    row_ids = col_ids = None
+    if given_ids is not None:
+        row_ids, col_ids = number_groups(*given_ids, y.shape[0])
+    seed, noise = _draw_seed(noise_std, x, scale)
+    loss = ContrastiveLoss.apply(x, y, scale, mass, row_ids, col_ids, seed, noise, options)[0]
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none" or options.mean:
+        return loss
+    loss = loss.sum()
+    if reduction == "sum" or weights is None:
+        return loss
+    return loss / weights.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+
+
+class _Call(NamedTuple):
+    """The arguments of a loss, checked."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    smoothing: Tensor | None
+    ids: tuple[Tensor, Tensor | None] | None
+    weights: Tensor | None
+    noise_std: Tensor | float
+    options: Options
+
+
+def _prepare_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    noise_std: Tensor | float,
+    relative_noise: bool,
+    smoothing: Tensor | float,
+    group_ids: Tensor | tuple[Tensor, Tensor] | None,
+    weights: Tensor | None,
+    reduction: str,
+    symmetric: bool,
+    backend: str,
+    strategy: str,
+    gradient_reduction: str,
+) -> _Call:
     _check_features({"image_features": image_features, "text_features": text_features})
     rows, columns = image_features.shape[0], text_features.shape[0]
     if columns < rows:
@@ -110,40 +193,129 @@ def modest_align_loss(
     given_ids = _check_group_ids(group_ids, image_features, text_features)
     if weights is not None:
         _check_weights(weights, image_features)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: got {reduction!r}, want "mean", "sum" or "none"')
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: the loss over several ranks is not part of this version, want None for this rank's pairs"
-        )
+    _check_choice("reduction", reduction)
+    _check_choice("strategy", strategy)
+    _check_choice("gradient_reduction", gradient_reduction)
     x, y, scale, options = _prepare(image_features, text_features, logit_scale, backend)
     mass = None if _is_zero(smoothing) else _as_tensor(smoothing, scale.dtype, scale.device)
     if weights is not None:
         weights = weights.to(scale.dtype)
-    if rows == 0:
-        # Sums over nothing, so that whoever asks for gradients gets zeros.
-        nothing = x.to(scale.dtype).sum(1) + (y[:0].to(scale.dtype).sum() + 0.0 * scale)
-        nothing = nothing if mass is None else nothing + 0.0 * mass
-        nothing = nothing if weights is None else nothing * weights
-        return nothing if reduction == "none" else nothing.sum()
-    row_ids = col_ids = None
-    if given_ids is not None:
-        row_ids, col_ids = number_groups(*given_ids, columns)
-    seed = noise = None
-    if not _is_zero(noise_std) and image_features.shape[1]:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
-        noise = _as_tensor(noise_std, scale.dtype, scale.device)
     mean = reduction == "mean" and weights is None
     options = options._replace(relative_noise=relative_noise, symmetric=symmetric, mean=mean)
-    loss: Tensor = ContrastiveLoss.apply(x, y, scale, mass, row_ids, col_ids, seed, noise, options)[0]
+    return _Call(x, y, scale, mass, given_ids, weights, noise_std, options)
+
+
+def _loss_of_nothing(
+    x: Tensor, y: Tensor, scale: Tensor, smoothing: Tensor | None, weights: Tensor | None, reduction: str
+) -> Tensor:
+    """Sums over nothing, so that whoever asks for gradients gets zeros."""
+    nothing = x.to(scale.dtype).sum(1) + (y[:0].to(scale.dtype).sum() + 0.0 * scale)
+    nothing = nothing if smoothing is None else nothing + 0.0 * smoothing
+    nothing = nothing if weights is None else nothing * weights
+    return nothing if reduction == "none" else nothing.sum()
+
+
+def _draw_seed(noise_std: Tensor | float, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The noise's seed and standard deviation, if there is any."""
+    if _is_zero(noise_std) or x.shape[1] == 0:
+        return None, None
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    return seed, _as_tensor(noise_std, scale.dtype, scale.device)
+
+
+def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
+    """:func:`modest_align_loss` of a process group; the arguments are those of ``_prepare_loss``."""
+    from modest_align_kernels import distributed
+
+    logit_scale, noise_std, relative_noise, smoothing, group_ids, weights, reduction = arguments[2:9]
+    symmetric, backend, strategy, gradient_reduction = arguments[9:]
+    group = distributed.group_of(process_group)
+    if group.size() == 1:
+        return modest_align_loss(
+            *arguments[:3],
+            noise_std=noise_std,
+            relative_noise=relative_noise,
+            smoothing=smoothing,
+            group_ids=group_ids,
+            weights=weights,
+            reduction=reduction,
+            symmetric=symmetric,
+            strategy=strategy,
+            gradient_reduction=gradient_reduction,
+            backend=backend,
+        )
+
+    def check() -> tuple[_Call, tuple[int, int], dict[str, Any]]:
+        call = _prepare_loss(*arguments)
+        alike = _alike(call.x, call.y, call.scale, call.options, strategy) | {
+            "logit_scale": _kind(logit_scale),
+            "noise_std": _kind(noise_std),
+            "relative_noise": bool(relative_noise),
+            "smoothing": _kind(smoothing),
+            "group_ids": _kind(group_ids),
+            "weights": _kind(weights),
+            "reduction": reduction,
+            "symmetric": bool(symmetric),
+            "gradient_reduction": gradient_reduction,
+            "requires_grad of the smoothing": _wants_gradient(call.smoothing),
+        }
+        return call, (call.x.shape[0], call.y.shape[0]), alike
+
+    call, extents = distributed.agree(group, _device_of(arguments[0]), check)
+    x, y, scale, mass, ids, weights, noise_std, options = call
+    pairs, counted = sum(rows for rows, _ in extents), [rows for rows, _ in extents]
+    if pairs == 0:
+        return _loss_of_nothing(x, y, scale, mass, weights, reduction)
+    extra = [columns - rows for rows, columns in extents]
+    ring = distributed.ring_is_better(strategy, pairs + sum(extra), options, x.shape[1])
+    ranks = distributed.Ranks(group, counted, extra, isinstance(group_ids, tuple), ring)
+    seed, noise = _draw_seed(noise_std, x, scale)
+    ids = (None, None) if ids is None else ids
+    seed = distributed.broadcast_seed(ranks, seed)
+    losses: Tensor = distributed.RanksLoss.apply(x, y, scale, mass, *ids, seed, noise, options, ranks)
     if weights is not None:
-        loss = loss * weights
-    if reduction == "none" or mean:
-        return loss
-    loss = loss.sum()
-    if reduction == "sum" or weights is None:
-        return loss
-    return loss / weights.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    own = losses.sum() if weights is None else torch.stack((losses.sum(), weights.sum()))
+    total: Tensor = distributed.Total.apply(own, ranks, gradient_reduction == "sum")
+    if weights is None:
+        return total / pairs if reduction == "mean" else total
+    loss, mass_of_all = total
+    return loss / mass_of_all.clamp_min(torch.finfo(loss.dtype).tiny) if reduction == "mean" else loss
+
+
+def _alike(x: Tensor, y: Tensor, scale: Tensor, options: Options, strategy: str) -> dict[str, Any]:
+    """What every rank must have alike, by its name in the message."""
+    from modest_align_kernels import distributed
+
+    return {
+        "features": x.shape[1],
+        "the operands' dtype": str(options.operand_dtype),
+        "backend": options.backend,
+        "strategy": strategy,
+        "MODEST_ALIGN_WORKSPACE_MIB": distributed.GATHER_BYTES,
+        **{
+            f"requires_grad of {name}": _wants_gradient(t)
+            for name, t in (("the images", x), ("the texts", y), ("the scale", scale))
+        },
+    }
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    # A backward on some ranks alone would wait for the others.
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _device_of(features: Any) -> torch.device:
+    return features.device if isinstance(features, Tensor) else torch.device("cpu")
+
+
+def _kind(value: Any) -> Any:
+    """What ranks can compare of an argument without a look at a tensor's values."""
+    if value is None or isinstance(value, _NUMBER_TYPES):
+        return value if value is None else float(value)
+    return "a tuple" if isinstance(value, tuple) else "a tensor"
 
 
 def contrastive_logsumexp(
@@ -153,6 +325,8 @@ def contrastive_logsumexp(
     *,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    process_group: ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None = None,
+    strategy: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""The logsumexps of the rows and of the columns of a matrix of cosines that is never stored.
@@ -189,25 +363,72 @@ def contrastive_logsumexp(
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    if process_group is not None:
+        from modest_align_kernels import distributed  # imports Dynamo, which takes a second
+
+        call = x, y, scale, row_ids, col_ids, backend, strategy
+        lse: tuple[Tensor, Tensor] = distributed.outside_graphs(_logsumexp_of_ranks, process_group, *call)
+        return lse
+    x, y, scale, given_ids, options = _prepare_logsumexp(x, y, scale, row_ids, col_ids, backend, strategy)
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        return _logsumexp_of_nothing(x, y, scale)
+    ids = (None, None) if given_ids is None else number_groups(*given_ids, y.shape[0])
+    row_lse, col_lse, *_ = ContrastiveLogsumexp.apply(x, y, scale, *ids, options)
+    return row_lse, col_lse
+
+
+def _prepare_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    backend: str,
+    strategy: str,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Options]:
     _check_features({"x": x, "y": y})
     scale = check_number("scale", scale)
-    if (row_ids is None) != (col_ids is None):
-        given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
-        raise ValueError(f"{missing}: got None beside {given}, want both or neither")
-    ids: tuple[Tensor | None, ...] = (None, None)
+    ids = None
     if row_ids is not None and col_ids is not None:
         _check_ids("row_ids", row_ids, x, "row of x", "x")
         _check_ids("col_ids", col_ids, y, "row of y", "x")
-    rows, columns = x.shape[0], y.shape[0]
+        ids = row_ids.long(), col_ids.long()
+    elif row_ids is not col_ids:
+        given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
+        raise ValueError(f"{missing}: got None beside {given}, want both or neither")
+    _check_choice("strategy", strategy)
     x, y, scale, options = _prepare(x, y, scale, backend)
-    if rows == 0 or columns == 0:
-        # Of nothing, with gradients of zeros.
-        zeros = (0.0 * t.to(scale.dtype).sum(1) for t in (x, y))
-        row_lse, col_lse = (zero + (0.0 * scale - math.inf) for zero in zeros)
-        return row_lse, col_lse
-    if row_ids is not None and col_ids is not None:
-        ids = number_groups(row_ids.long(), col_ids.long(), columns)
-    row_lse, col_lse, *_ = ContrastiveLogsumexp.apply(x, y, scale, *ids, options)
+    return x, y, scale, ids, options
+
+
+def _logsumexp_of_nothing(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of no pairs, with gradients of zeros."""
+    zeros = (0.0 * t.to(scale.dtype).sum(1) for t in (x, y))
+    row_lse, col_lse = (zero + (0.0 * scale - math.inf) for zero in zeros)
+    return row_lse, col_lse
+
+
+def _logsumexp_of_ranks(process_group: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """:func:`contrastive_logsumexp` of a process group; the arguments are those of ``_prepare_logsumexp``."""
+    from modest_align_kernels import distributed
+
+    x, y, scale, row_ids, col_ids, backend, strategy = arguments
+    group = distributed.group_of(process_group)
+    if group.size() == 1:
+        return contrastive_logsumexp(x, y, scale, row_ids=row_ids, col_ids=col_ids, strategy=strategy, backend=backend)
+
+    def check() -> tuple[tuple[Any, ...], tuple[int, int], dict[str, Any]]:
+        x, y, scale_tensor, ids, options = call = _prepare_logsumexp(*arguments)
+        alike = _alike(x, y, scale_tensor, options, strategy) | {"scale": _kind(scale), "ids": ids is not None}
+        return call, (x.shape[0], y.shape[0]), alike
+
+    (x, y, scale, ids, options), extents = distributed.agree(group, _device_of(x), check)
+    rows, columns = sum(rows for rows, _ in extents), [columns for _, columns in extents]
+    if rows == 0 or sum(columns) == 0:
+        return _logsumexp_of_nothing(x, y, scale)
+    ring = distributed.ring_is_better(strategy, sum(columns), options, x.shape[1])
+    ranks = distributed.Ranks(group, columns, [0] * len(columns), False, ring)
+    row_lse, col_lse = distributed.RanksLogsumexp.apply(x, y, scale, *(ids or (None, None)), options, ranks)
     return row_lse, col_lse
 
 
@@ -286,6 +507,12 @@ def _check_weights(weights: Tensor, image_features: Tensor) -> None:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, want [{rows}], one for each pair")
     if weights.device != device:
         raise ValueError(f"weights: got device {weights.device}, want {device} as image_features")
+
+
+def _check_choice(name: str, value: str) -> None:
+    *others, last = (f'"{choice}"' for choice in _CHOICES[name])
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name}: got {value!r}, want {', '.join(others)} or {last}")
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:

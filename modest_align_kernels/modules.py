@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modest_align_kernels.functional import check_number, modest_align_loss
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 
 # The attributes that are numbers or one-element tensors, and the arguments they come from.
@@ -67,7 +67,9 @@ class ModestAlignLoss(nn.Module):
             ``max_scale``, and ``log_scale`` gets no gradient but one that lowers it.
         reduction: "mean", "sum" or "none"; see :func:`modest_align_kernels.modest_align_loss`.
         symmetric: False keeps only the image-to-text direction.
-        process_group: see :func:`modest_align_kernels.modest_align_loss`.
+        process_group: see there, as for the next two.
+        strategy: likewise.
+        gradient_reduction: likewise.
         backend: "auto", or a name of :func:`modest_align_kernels.available_backends`.
 
     Raises:
@@ -93,7 +95,9 @@ class ModestAlignLoss(nn.Module):
         max_scale: float | None = None,
         reduction: str = "mean",
         symmetric: bool = True,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None = None,
+        strategy: str = "auto",
+        gradient_reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -108,6 +112,8 @@ class ModestAlignLoss(nn.Module):
         self.reduction = reduction
         self.symmetric = symmetric
         self.process_group = process_group
+        self.strategy = strategy
+        self.gradient_reduction = gradient_reduction
         self.backend = backend
         if not learn_scale:
             if max_scale is not None:
@@ -228,6 +234,8 @@ class ModestAlignLoss(nn.Module):
             reduction=self.reduction,
             symmetric=self.symmetric,
             process_group=self.process_group,
+            strategy=self.strategy,
+            gradient_reduction=self.gradient_reduction,
             backend=self.backend,
         )
         if isinstance(logit_bias, Tensor):

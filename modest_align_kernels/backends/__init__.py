@@ -48,6 +48,8 @@ EXPERIMENT = _experiment()
 WORKSPACE_BYTES = _workspace_bytes()
 # float16 holds G * 2^10 without overflow (|G| <= 2) and keeps G as small as 1/B normal up to B = 16 million.
 FP16_GAIN = 2.0**10
+# How many rows are converted at once to be summed.
+SUMMED_ROWS = 1024
 # Normalisation on a GPU holds whole rows in registers.
 GPU_FEATURES = 16384
 
@@ -203,3 +205,33 @@ def accumulate_products(
                 accumulate_matmul(grad_x[i], g_block, y_hat[j], first=j.start == 0, alpha=1 / gain)
             if grad_y.numel():
                 accumulate_matmul(grad_y[j], g_block.T, x_hat[i], first=i.start == 0, alpha=1 / gain)
+
+
+def negated_sums(hat: Tensor, weight: Tensor | None, ids: Tensor | None, pairs: int) -> Tensor:
+    """Less the sum of all rows: the sum of each number's rows, [pairs + 1, width]; of none without ids, [1, width].
+
+    Args:
+        hat: [rows, width].
+        weight: of the first rows, the others' are 0; None: all are 1.
+        ids: int32 [rows], from 0 to ``pairs``, or None.
+        pairs: B.
+    """
+    dtype = accumulation_dtype(hat.dtype)
+    sums = hat.new_zeros((1 if ids is None else pairs + 1, hat.shape[1]), dtype=dtype)
+    total = hat.new_zeros(hat.shape[1], dtype=dtype)
+    for i in blocks(len(hat) if weight is None else len(weight), SUMMED_ROWS):
+        values = hat[i].to(dtype)
+        if weight is not None:
+            values = values * weight[i, None]
+        total += values.sum(0)
+        if ids is not None:
+            add_rows(sums, ids[i], values)
+    return sums.sub_(total)
+
+
+def add_rows(to: Tensor, ids: Tensor, values: Tensor) -> None:
+    """Add each row of ``values`` to that of ``to`` with its number, in the same order in every run."""
+    if to.is_cuda:  # there index_add_ is made of atomics, whose order changes from run to run; this sorts the ids first
+        to.index_put_((ids,), values, accumulate=True)
+    else:
+        to.index_add_(0, ids, values)

@@ -22,10 +22,12 @@ from modest_align_kernels.backends import (
     accumulate_matmul,
     accumulate_products,
     accumulation_dtype,
+    add_rows,
     blocks,
     constant_in_traces,
     even_block,
     gain_of,
+    negated_sums,
 )
 from modest_align_kernels.backends.contract import (
     Logits,
@@ -80,8 +82,8 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
     rows, pairs, features = x_hat.shape[0], pair_weight.shape[0], dx.shape[1]
     if smoothed is not None:
         smoothing, ids, pair_ids, negative_weight, pair_negative_weight = smoothed
-        own = _negated_sums(pair_hat, None, pair_ids, pairs)
-        other = _negated_sums(pair_hat, pair_negative_weight, pair_ids, pairs)
+        own = negated_sums(pair_hat, None, pair_ids, pairs)
+        other = negated_sums(pair_hat, pair_negative_weight, pair_ids, pairs)
     for first, last, paired in ((0, pairs, True), (pairs, rows, False)):
         for block in blocks(last - first, NORMALIZE_ROWS):
             i = slice(first + block.start, first + block.stop)
@@ -99,35 +101,6 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
             torch.mul(dot, factor, out=row_dot[i])
             g.addcmul_(x_block, dot[:, None], value=-1).mul_((inv_norm[i] * (factor * scale))[:, None])
             dx[i] = g.masked_fill_((inv_norm[i] >= 1 / MIN_NORM)[:, None], 0.0)[:, :features]
-
-
-def _negated_sums(hat: Tensor, weight: Tensor | None, ids: Tensor | None, pairs: int) -> Tensor:
-    """Less the sum of all rows: the sum of each number's rows, [pairs + 1, width]; of none without ids, [1, width].
-
-    Args:
-        hat: [rows, width].
-        weight: of the first rows, the others' are 0; None: all are 1.
-        ids: int32 [rows], from 0 to ``pairs``, or None.
-        pairs: B.
-    """
-    dtype = accumulation_dtype(hat.dtype)
-    sums = hat.new_zeros((1 if ids is None else pairs + 1, hat.shape[1]), dtype=dtype)
-    total = hat.new_zeros(hat.shape[1], dtype=dtype)
-    for i in blocks(len(hat) if weight is None else len(weight), NORMALIZE_ROWS):
-        values = hat[i].to(dtype)
-        if weight is not None:
-            values = values * weight[i, None]
-        total += values.sum(0)
-        if ids is not None:
-            _add_rows(sums, ids[i], values)
-    return sums.sub_(total)
-
-
-def _add_rows(to: Tensor, ids: Tensor, values: Tensor) -> None:
-    if to.is_cuda:  # there index_add_ is made of atomics, whose order changes from run to run; this sorts the ids first
-        to.index_put_((ids,), values, accumulate=True)
-    else:
-        to.index_add_(0, ids, values)
 
 
 def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
@@ -172,7 +145,7 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
         apart = (row_ids != paired_ids).to(apart.dtype)
         for negatives, all_ids, of_ids in ((row_negatives, col_ids, row_ids), (col_negatives, row_ids, paired_ids)):
             counts = negatives.new_zeros(pairs + 1)
-            _add_rows(counts, all_ids, counts.new_ones(len(all_ids)))
+            add_rows(counts, all_ids, counts.new_ones(len(all_ids)))
             negatives.sub_(counts[of_ids])
     on_pair = torch.zeros_like(pair_dot)
     slope.zero_()
@@ -183,7 +156,7 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
         negatives.sub_(apart)
         torch.reciprocal(negatives, out=weight).masked_fill_((negatives <= 0) | (not wanted), 0.0)
         on_pair.add_(weight.sign()).addcmul_(apart, weight)
-        own = _negated_sums(other, None, other_ids, pairs)
+        own = negated_sums(other, None, other_ids, pairs)
         for i in blocks(pairs, NORMALIZE_ROWS):
             slope[i].addcmul_(weight[i], (hat[i].to(own.dtype) * own[slice(0, 1) if ids is None else ids[i]]).sum(1))
     slope.addcmul_(pair_dot, on_pair).mul_(share * scale)
