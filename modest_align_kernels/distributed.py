@@ -31,7 +31,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from modest_align_kernels import ops
 from modest_align_kernels.autograd import OnlyFirstDerivatives, Options, number_groups, through_normalisation
@@ -79,7 +80,7 @@ def group_of(process_group: Any) -> ProcessGroup:
 
 
 def agree(
-    group: ProcessGroup, device: torch.device, check: Callable[[], tuple[_Result, Sequence[int], dict[str, Any]]]
+    group: ProcessGroup, device: torch.device, check: Callable[[], tuple[_Result, tuple[int, int], dict[str, Any]]]
 ) -> tuple[_Result, list[list[int]]]:
     """What ``check`` returns, and the extents of every rank; or the same exception on every rank.
 
@@ -95,7 +96,7 @@ def agree(
     extents, alike = (0, 0), dict[str, Any]()
     try:
         result, extents, alike = check()
-    except (TypeError, ValueError, RuntimeError) as raised:
+    except Exception as raised:  # whatever it is, the others wait
         error = raised
     digest = hashlib.blake2b(repr(alike).encode(), digest_size=7).digest()
     message = torch.tensor([error is not None, *extents, int.from_bytes(digest, "big")])
@@ -112,7 +113,8 @@ def agree(
 def _raise_everywhere(group: ProcessGroup, error: Exception | None, alike: dict[str, Any]) -> None:
     """Raise the first rank's exception, or say what is not alike."""
     everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, (error and (type(error), str(error)), alike), group=group)
+    kind = next((kind for kind in (TypeError, ValueError) if isinstance(error, kind)), RuntimeError)
+    dist.all_gather_object(everyone, (error and (kind, str(error)), alike), group=group)
     for rank, (raised, _) in enumerate(everyone):
         if raised is not None:
             raise raised[0](f"{raised[1]} (on rank {rank} of {group.size()})") from error
@@ -288,7 +290,7 @@ class Ranks:
             if step + 1 < self.size:
                 # Sent on before they are looked at: the one takes place during the other.
                 lengths = total, total if self.extra_ids else counted, counted
-                coming = self._pass_on(columns[:3], lengths, 0)
+                coming = self._pass_on((columns.y_hat, columns.ids, columns.vectors), lengths, 0)
             found = find(columns)
             if step == 0:
                 at_home = found  # the others' come after the last step
@@ -296,7 +298,8 @@ class Ranks:
                 found = found if returning is None else merge(*returning(), found)
                 returning = self._pass_on((found,), (total if extra else counted,), 3)
             if coming is not None:
-                columns = Columns(*coming(), counted, False)
+                y_hat, ids, vectors = coming()
+                columns = Columns(y_hat, ids, vectors, counted, False)
         return at_home if returning is None else merge(at_home, *returning())
 
     def _pass_on(
@@ -307,18 +310,17 @@ class Ranks:
         Returns:
             Called once, waits for both, and returns what came.
         """
-        # A group's own numbers: peer= would be a global rank.
-        following = {"group": self.group, "group_peer": (self.rank + 1) % self.size}
-        previous = {"group": self.group, "group_peer": (self.rank - 1) % self.size}
+        # Numbers in the group, P2POp's last argument: its third would be a global rank.
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         received, transfers = [], []
         for tag, (tensor, length) in enumerate(zip(tensors, lengths, strict=True), first_tag):
             coming = None if tensor is None else tensor.new_empty((length, *tensor.shape[1:]))
             received.append(coming)
             # Both ends leave out what is empty.
             if tensor is not None and tensor.numel():
-                transfers.append(dist.P2POp(dist.isend, tensor.contiguous(), tag=tag, **following))
+                transfers.append(dist.P2POp(dist.isend, tensor.contiguous(), None, self.group, tag, following))
             if coming is not None and coming.numel():
-                transfers.append(dist.P2POp(dist.irecv, coming, tag=tag, **previous))
+                transfers.append(dist.P2POp(dist.irecv, coming, None, self.group, tag, previous))
         works = dist.batch_isend_irecv(transfers) if transfers else []
 
         def wait() -> list[Any]:
@@ -371,26 +373,21 @@ def _row_dots(hat: Tensor, sums: Tensor, numbers: Tensor | None) -> Tensor:
 
 
 def _add_smoothing(
-    grad: Tensor, smoothing: Tensor, weight: Tensor, sums: Tensor, weighted_sums: Tensor, numbers: Tensor | None
+    grad: Tensor, smoothing: Tensor, weight: Tensor, sums: tuple[Tensor, ...], numbers: Tensor | None
 ) -> None:
-    """Add smoothing * (weight_i * own_i + other_i) of :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`.
+    """Add smoothing * (weight_i * own_i + other_i), as ``backends/eager.py`` writes it.
 
     Args:
         grad: [rows, width].
         smoothing: 0-dim.
         weight: of the first rows; the others' are 0.
-        sums: by the number of a row's group, own; of one number without groups.
-        weighted_sums: likewise, other.
+        sums: own and other, by the number of a row's group; of one number without groups.
         numbers: int32 [rows], or None.
     """
     weight = torch.nn.functional.pad(weight * smoothing, (0, len(grad) - len(weight)))
     for i in blocks(len(grad), _ROWS):
-        own, other = (t if numbers is None else t[numbers[i]] for t in (sums, weighted_sums))
+        own, other = (t if numbers is None else t[numbers[i]] for t in sums)
         grad[i].addcmul_(weight[i, None], own).addcmul_(smoothing, other)
-
-
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
 
 
 class _Stats(NamedTuple):
@@ -401,7 +398,7 @@ class _Stats(NamedTuple):
     exponentials: Tensor | None
     y_sums: Tensor | None  # by a row's number: sums over the columns; with groups and x_sums
     row_counts: Tensor  # columns in the row's group
-    col_dots: Tensor | None  # y_hat_j with the sum over the rows; likewise
+    col_dots: Tensor  # y_hat_j with the sum over the rows; likewise, and in both directions, else [0]
     col_counts: Tensor  # rows in the column's group
 
 
@@ -414,10 +411,10 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, x_sums: Tensor | None) -
         rows: this rank's.
         x_sums: by number, the sums over this rank's rows; None: nobody asks for sums over groups.
     """
-    pairs, options, dtype = len(rows.x_hat), rows.options, rows.scale.dtype
+    pairs, options = len(rows.x_hat), rows.options
     row_lse = rows.scale.new_full((pairs,), -math.inf)
     row_counts = rows.scale.new_zeros(pairs)
-    y_sums: Tensor | None = None
+    y_sums = None if x_sums is None else torch.zeros_like(x_sums)
     exponentials: Tensor | None = None
 
     def sizes(numbers: Tensor) -> Tensor:
@@ -426,7 +423,7 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, x_sums: Tensor | None) -
     group_sizes = None if x_sums is None or rows.numbers is None else sizes(rows.numbers)
 
     def find(columns: Columns) -> Tensor:
-        nonlocal row_lse, y_sums, exponentials
+        nonlocal row_lse, exponentials
         count = columns.counted if options.symmetric else 0
         col_lse = row_lse.new_full((count,), -math.inf)
         numbers = rows.numbers_of(columns)
@@ -439,8 +436,8 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, x_sums: Tensor | None) -
             )
             row_lse = torch.logaddexp(row_lse, of_rows)
         found = [col_lse]
-        if x_sums is not None and group_sizes is not None and numbers is not None:
-            y_sums = _added(y_sums, negated_sums(columns.y_hat, None, numbers, pairs))
+        if x_sums is not None and y_sums is not None and group_sizes is not None and numbers is not None:
+            y_sums.add_(negated_sums(columns.y_hat, None, numbers, pairs))
             row_counts.add_(sizes(numbers)[rows.numbers])
             numbers = numbers[:count]
             found += [_row_dots(columns.y_hat[:count], x_sums, numbers), group_sizes[numbers]]
@@ -457,7 +454,7 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, x_sums: Tensor | None) -
 
     found = ranks.visit(columns, find, merge, home, extra=False)
     col_lse, *sums = found.unbind(1) if found.shape[1] else (row_lse[:0],)
-    col_dots, col_counts = sums or (None, row_counts.new_zeros(()))
+    col_dots, col_counts = sums or (row_lse[:0], row_counts.new_zeros(()))
     return _Stats(row_lse, col_lse.contiguous(), exponentials, y_sums, row_counts, col_dots, col_counts)
 
 
@@ -466,20 +463,20 @@ class _Smoothing(NamedTuple):
 
     slope: Tensor
     on_pair: Tensor
-    row_negative_weight: Tensor
-    col_negative_weight: Tensor
+    row_share: Tensor  # row_negative_weight there
+    col_share: Tensor
     sums: Tensor | None  # without groups: those of all ranks' x_hat and y_hat [2, 1, width], negated
 
 
 def _smoothing(ranks: Ranks, rows: _Rows, own: Columns, stats: _Stats, pair_dot: Tensor, x_sums: Tensor) -> _Smoothing:
     pairs, sums, symmetric = len(rows.x_hat), None, rows.options.symmetric
-    y_sums, col_dots = stats.y_sums, stats.col_dots
     apart = torch.ones_like(pair_dot)
-    if rows.numbers is None or rows.ids is None or own.ids is None:
+    if stats.y_sums is None or rows.ids is None or own.ids is None:
         sums = ranks.total(torch.stack((x_sums, negated_sums(own.y_hat, None, None, pairs))))
         x_sums, y_sums = sums
         col_dots = _row_dots(own.y_hat[:pairs], x_sums, None)
     else:
+        y_sums, col_dots = stats.y_sums, stats.col_dots
         apart = (rows.ids != own.ids[:pairs]).to(apart.dtype)
     slope, on_pair, weights = torch.zeros_like(pair_dot), torch.zeros_like(pair_dot), []
     for wanted, negatives, dots in (
@@ -492,7 +489,8 @@ def _smoothing(ranks: Ranks, rows: _Rows, own: Columns, stats: _Stats, pair_dot:
             slope.addcmul_(weight, dots)
         weights.append(weight)
     slope.addcmul_(pair_dot, on_pair).mul_(rows.scale * (0.5 if symmetric else 1.0))
-    return _Smoothing(slope, on_pair, *weights, sums)
+    row_share, col_share = weights
+    return _Smoothing(slope, on_pair, row_share, col_share, sums)
 
 
 def _normalize(
@@ -505,9 +503,8 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(features) == 0:
         width, dtype = operand_width(features.shape[1], options.backend), accumulation_dtype(options.operand_dtype)
-        return features.new_empty((0, width), dtype=options.operand_dtype), *(
-            features.new_empty(0, dtype=dtype) for _ in range(2)
-        )
+        nothing = features.new_empty(0, dtype=dtype)
+        return features.new_empty((0, width), dtype=options.operand_dtype), nothing, nothing
     pair_hat = None if pair_hat is None or len(pair_hat) == 0 else pair_hat
     return ops.perturb_normalize(
         *(features, seed, noise_std, noise_stream, options.relative_noise, pair_hat),
@@ -551,10 +548,10 @@ class RanksLoss(torch.autograd.Function):
             )
         smoothed: tuple[Tensor | None, ...] = (None,) * 4
         if smoothing is not None and x_sums is not None:
-            slope, on_pair, *smoothed_weights, sums = _smoothing(ranks, rows, own, stats, pair_dot, x_sums)
+            slope, on_pair, *shares = _smoothing(ranks, rows, own, stats, pair_dot, x_sums)
             losses.addcmul_(smoothing, slope)
             pair_weight.addcmul_(smoothing, on_pair)
-            smoothed = slope, *smoothed_weights, sums
+            smoothed = slope, *shares
         ctx.options, ctx.ranks, ctx.dtypes, ctx.features = options, ranks, (x.dtype, y.dtype), x.shape[1]
         ctx.set_materialize_grads(False)
         # Leads a second differentiation of the gradients back to here.
@@ -581,41 +578,28 @@ def _loss_gradients(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     _, x_hat, x_inv_norm, y_hat, y_inv_norm, scale, smoothing, row_ids, col_ids, *more = ctx.saved_tensors
     seen_y_hat, seen_ids, row_lse, col_lse, exponentials, row_weight, col_weight, pair_weight, *more = more
     slope, row_share, col_share, sums = more
-    want_smoothing, d_smoothing = ctx.needs_input_grad[3], None
+    d_smoothing: Tensor | None = None
     largest, grad_losses = _largest_of_all(ranks, grad_losses)
     rows = _rows(x_hat, scale, row_ids, True, options)
     row_weight, pair_weight = row_weight * grad_losses, pair_weight * grad_losses
     vectors = [col_lse, col_weight * grad_losses] if options.symmetric else []
-    smooth_rows: _SmoothRows | None = None
+    smoothed: _Smoothed | None = None
     if smoothing is not None:
-        row_share, col_share = row_share * grad_losses, col_share * grad_losses
-        if want_smoothing:
+        smoothed = _Smoothed(smoothing, row_share * grad_losses, col_share * grad_losses, sums)
+        if ctx.needs_input_grad[3]:
             d_smoothing = torch.dot(grad_losses, slope) * largest
-        if rows.numbers is not None:
-            vectors.append(col_share)
-            smooth_rows = _SmoothRows(smoothing, row_share)
+        if sums is None:
+            vectors.append(smoothed.col_share)
     columns = _with_vectors(ranks, ranks.local(y_hat, col_ids), seen_y_hat, seen_ids, vectors)
-    softmaxes = row_lse, row_weight, exponentials
-
-    def smooth(grad_x: Tensor | None, grad_y: Tensor | None) -> None:
-        if smoothing is None or sums is None:
-            return
-        x_sums, y_sums = sums
-        weighted = negated_sums(x_hat, row_share, None, len(x_hat)), negated_sums(y_hat, col_share, None, len(x_hat))
-        x_weighted, y_weighted = ranks.total(torch.stack(weighted))
-        if grad_x is not None:
-            _add_smoothing(grad_x, smoothing, row_share, y_sums, y_weighted, None)
-        if grad_y is not None:
-            _add_smoothing(grad_y, smoothing, col_share, x_sums, x_weighted, None)
-
     factor = largest * (0.5 if options.symmetric else 1.0)
     sides = (x_hat, x_inv_norm), (y_hat, y_inv_norm)
-    d_x, d_y, d_scale = _of_inputs(ctx, columns, rows, softmaxes, smooth_rows, smooth, sides, pair_weight, factor)
+    softmaxes = row_lse, row_weight, exponentials
+    d_x, d_y, d_scale = _of_inputs(ctx, columns, rows, softmaxes, smoothed, sides, pair_weight, factor)
     shared = [d for d in (d_scale, d_smoothing) if d is not None]
     if shared:
         shared = list(ranks.total(torch.stack(shared)).div_(ranks.size))
-    d_smoothing = shared.pop() if d_smoothing is not None else None
-    d_scale = shared.pop() if d_scale is not None else None
+    d_smoothing = None if d_smoothing is None else shared.pop()
+    d_scale = None if d_scale is None else shared.pop()
     return d_x, d_y, d_scale, d_smoothing
 
 
@@ -667,15 +651,14 @@ def _logsumexp_gradients(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[
     seen_y_hat, seen_ids, exponentials = more
     largest, row_weight, col_weight = _largest_of_all(ranks, grad_row, grad_col)
     columns = _with_vectors(ranks, ranks.local(y_hat, col_ids), seen_y_hat, seen_ids, [col_lse, col_weight])
-    d_x, d_y, d_scale = _of_inputs(
-        *(ctx, columns, _rows(x_hat, scale, row_ids, False, ctx.options), (row_lse, row_weight, exponentials)),
-        *(None, lambda grad_x, grad_y: None, ((x_hat, x_inv_norm), (y_hat, y_inv_norm)), row_lse.new_empty(0), largest),
-    )
+    rows, softmaxes = _rows(x_hat, scale, row_ids, False, ctx.options), (row_lse, row_weight, exponentials)
+    sides, no_pairs = ((x_hat, x_inv_norm), (y_hat, y_inv_norm)), row_lse.new_empty(0)
+    d_x, d_y, d_scale = _of_inputs(ctx, columns, rows, softmaxes, None, sides, no_pairs, largest)
     return d_x, d_y, None if d_scale is None else ranks.total(d_scale).div_(ranks.size)
 
 
 def _largest_of_all(ranks: Ranks, *weights: Tensor) -> tuple[Tensor, ...]:
-    """The largest absolute value on any rank, and the weights over it: G of all ranks is in one unit, and fits float16."""
+    """The largest absolute value on any rank, and the weights over it: one unit for all, in which float16 holds G."""
     # Zeros, so that there is always one.
     sizes = [torch.cat((weight.abs(), weight.new_zeros(1))).amax() for weight in weights]
     largest = ranks.total(torch.stack(sizes).amax(), dist.ReduceOp.MAX)
@@ -683,9 +666,13 @@ def _largest_of_all(ranks: Ranks, *weights: Tensor) -> tuple[Tensor, ...]:
     return largest, *(weight / largest for weight in weights)
 
 
-class _SmoothRows(NamedTuple):
+class _Smoothed(NamedTuple):
+    """What the smoothing adds to the gradients."""
+
     smoothing: Tensor
-    weight: Tensor  # [B], a negative's, of this rank's rows
+    row_share: Tensor  # [B], a negative's part in this rank's rows' gradients
+    col_share: Tensor  # [B], in its counted columns'
+    sums: Tensor | None  # of _Smoothing: without groups
 
 
 def _with_vectors(
@@ -705,8 +692,7 @@ def _of_inputs(
     columns: Columns,
     rows: _Rows,
     softmaxes: tuple[Tensor, Tensor, Tensor | None],
-    smooth_rows: _SmoothRows | None,
-    smooth: Callable[[Tensor | None, Tensor | None], None],
+    smoothed: _Smoothed | None,
     sides: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     pair_weight: Tensor,
     factor: Tensor,
@@ -716,9 +702,10 @@ def _of_inputs(
     run_x = want_x or (want_scale and not want_y)  # either side gives the scale's
     if not (run_x or want_y):
         return None, None, None
-    grad_x, grad_y = _products(ctx.ranks, columns, rows, *softmaxes, smooth_rows, run_x, want_y)
-    smooth(grad_x, grad_y)
+    grad_x, grad_y = _products(ctx.ranks, columns, rows, *softmaxes, smoothed, run_x, want_y)
     (x_hat, _), (y_hat, _) = sides
+    if smoothed is not None and smoothed.sums is not None:
+        _smooth_without_groups(ctx.ranks, smoothed, smoothed.sums, x_hat, y_hat, grad_x, grad_y)
     d_x = d_y = dot = None
     unsmoothed = None, None, None, pair_weight, pair_weight  # the rest is added
     of_pairs = pair_weight, rows.scale, factor, *unsmoothed
@@ -727,6 +714,24 @@ def _of_inputs(
     if grad_y is not None:
         d_y, dot = _through_normalisation(ctx, 1, grad_y, *sides[1], x_hat, *of_pairs)
     return d_x if want_x else None, d_y, dot.sum() if want_scale and dot is not None else None
+
+
+def _smooth_without_groups(
+    ranks: Ranks,
+    smoothed: _Smoothed,
+    sums: Tensor,
+    x_hat: Tensor,
+    y_hat: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+) -> None:
+    smoothing, row_share, col_share, _ = smoothed
+    weighted = [negated_sums(t, share, None, 0) for t, share in ((x_hat, row_share), (y_hat, col_share))]
+    (x_sums, y_sums), (x_weighted, y_weighted) = sums, ranks.total(torch.stack(weighted))
+    if grad_x is not None:
+        _add_smoothing(grad_x, smoothing, row_share, (y_sums, y_weighted), None)
+    if grad_y is not None:
+        _add_smoothing(grad_y, smoothing, col_share, (x_sums, x_weighted), None)
 
 
 def _through_normalisation(ctx: Any, side: int, grad: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
@@ -742,52 +747,50 @@ def _products(
     row_lse: Tensor,
     row_weight: Tensor,
     exponentials: Tensor | None,
-    smooth_rows: _SmoothRows | None,
+    smoothed: _Smoothed | None,
     want_x: bool,
     want_y: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """G Y_hat of this rank's rows and G^T X_hat of its columns, with what the smoothing adds where there are groups."""
-    pairs, options = len(rows.x_hat), rows.options
-    grad_x: Tensor | None = None
-    # By number: sums over the columns and the rows, each also weighted.
-    y_sums: Tensor | None = None
-    y_weighted: Tensor | None = None
-    x_sums: tuple[Tensor, ...] = ()
-    if smooth_rows is not None:
-        x_sums = tuple(negated_sums(rows.x_hat, w, rows.numbers, pairs) for w in (None, smooth_rows.weight))
+    pairs, options, numbers = len(rows.x_hat), rows.options, rows.numbers
+    grad_x = row_lse.new_zeros((pairs, rows.x_hat.shape[1] if want_x else 0))
+    met = False
+    # By a row's number, sums over the columns, and weighted ones; likewise over this rank's rows.
+    y_sums = x_sums = grad_x, grad_x
+    grouped = smoothed is not None and smoothed.sums is None
+    if smoothed is not None and grouped:
+        x_sums = tuple(negated_sums(rows.x_hat, share, numbers, pairs) for share in (None, smoothed.row_share))
+        y_sums = tuple(torch.zeros_like(t) for t in x_sums)
 
     def find(columns: Columns) -> Tensor:
-        nonlocal grad_x, y_sums, y_weighted
+        nonlocal grad_x, met
         y_hat, vectors = columns.y_hat, columns.vectors
-        numbers = rows.numbers_of(columns)
+        col_numbers = rows.numbers_of(columns)
         col_lse = col_weight = row_lse.new_empty(0)
         if options.symmetric and vectors is not None:
             col_lse, col_weight = vectors[:, 0].contiguous(), vectors[:, 1].contiguous()
         grad_y = row_lse.new_zeros((len(y_hat), y_hat.shape[1] if want_y else 0))
         if pairs and len(y_hat):
-            of_rows, of_columns = ops.contrastive_grads(
+            of_rows, grad_y_of_rows = ops.contrastive_grads(
                 *(rows.x_hat, y_hat, rows.scale, row_lse, col_lse, row_weight, col_weight),
-                *(*rows.excluded(columns, numbers), exponentials),
+                *(*rows.excluded(columns, col_numbers), exponentials),
                 want_x=want_x,
                 want_y=want_y,
                 backend=options.backend,
             )
-            grad_x = _added(grad_x, of_rows)
-            grad_y = of_columns if want_y else grad_y
-        if smooth_rows is not None and vectors is not None:
+            grad_x = grad_x.add_(of_rows) if met else of_rows
+            grad_y, met = grad_y_of_rows if want_y else grad_y, True
+        if smoothed is not None and vectors is not None and grouped:
             col_share = vectors[:, -1]
-            if want_x:
-                y_sums = _added(y_sums, negated_sums(y_hat, None, numbers, pairs))
-                y_weighted = _added(y_weighted, negated_sums(y_hat, col_share, numbers, pairs))
+            for total, share in zip(y_sums, (None, col_share), strict=True):
+                total.add_(negated_sums(y_hat, share, col_numbers, pairs))
             if want_y:
-                _add_smoothing(grad_y, smooth_rows.smoothing, col_share, *x_sums, numbers)
+                _add_smoothing(grad_y, smoothed.smoothing, col_share, x_sums, col_numbers)
         return grad_y
 
     grad_y = ranks.visit(columns, find, lambda a, b: a.add_(b), ranks.sum_to_owners, extra=True)
-    if want_x and grad_x is None:
-        grad_x = row_lse.new_zeros(rows.x_hat.shape)
-    if want_x and smooth_rows is not None:
-        _add_smoothing(grad_x, smooth_rows.smoothing, smooth_rows.weight, y_sums, y_weighted, rows.numbers)
+    if want_x and smoothed is not None and grouped:
+        _add_smoothing(grad_x, smoothed.smoothing, smoothed.row_share, y_sums, numbers)
     return grad_x if want_x else None, grad_y if want_y else None
 
 

@@ -15,7 +15,8 @@ from modest_align_kernels.autograd import ContrastiveLogsumexp, ContrastiveLoss,
 from modest_align_kernels.backends import accumulation_dtype
 
 if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh, ProcessGroup
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 _FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBER_TYPES = (numbers.Real, torch.SymInt, torch.SymFloat)  # NumPy's scalars are numbers.Real
@@ -74,7 +75,7 @@ def modest_align_loss(
 
     With a process group, B and N are those of all ranks together (rank after rank, the texts past B last), and
 
-    - every rank returns the same number, the loss of the global batch; ``reduction="none"``, those of this rank's pairs;
+    - every rank returns the same number, the loss of the global batch (``reduction="none"``: its own pairs' losses);
     - the features and weights receive W times the derivative, so that the mean over the W ranks that DDP and FSDP take
       of the parameters' gradients is exact, however unequal the shards (``gradient_reduction="sum"``: once);
     - ``logit_scale`` and ``smoothing`` receive the derivative of the global loss, the same on every rank, so that a
@@ -127,7 +128,7 @@ def modest_align_loss(
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    call = image_features, text_features, logit_scale, noise_std, relative_noise, smoothing
+    call: tuple[Any, ...] = image_features, text_features, logit_scale, noise_std, relative_noise, smoothing
     call += group_ids, weights, reduction, symmetric, backend, strategy, gradient_reduction
     if process_group is not None:
         from modest_align_kernels import distributed  # imports Dynamo, which takes a second
@@ -262,7 +263,7 @@ def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
         return call, (call.x.shape[0], call.y.shape[0]), alike
 
     call, extents = distributed.agree(group, _device_of(arguments[0]), check)
-    x, y, scale, mass, ids, weights, noise_std, options = call
+    x, y, scale, mass, given_ids, weights, noise_std, options = call
     pairs, counted = sum(rows for rows, _ in extents), [rows for rows, _ in extents]
     if pairs == 0:
         return _loss_of_nothing(x, y, scale, mass, weights, reduction)
@@ -270,8 +271,8 @@ def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
     ring = distributed.ring_is_better(strategy, pairs + sum(extra), options, x.shape[1])
     ranks = distributed.Ranks(group, counted, extra, isinstance(group_ids, tuple), ring)
     seed, noise = _draw_seed(noise_std, x, scale)
-    ids = (None, None) if ids is None else ids
     seed = distributed.broadcast_seed(ranks, seed)
+    ids = given_ids or (None, None)
     losses: Tensor = distributed.RanksLoss.apply(x, y, scale, mass, *ids, seed, noise, options, ranks)
     if weights is not None:
         losses = losses * weights
@@ -281,8 +282,7 @@ def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
     total: Tensor = distributed.Total.apply(own, ranks, gradient_reduction == "sum")
     if weights is None:
         return total / pairs if reduction == "mean" else total
-    loss, mass_of_all = total
-    return loss / mass_of_all.clamp_min(torch.finfo(loss.dtype).tiny) if reduction == "mean" else loss
+    return total[0] / total[1].clamp_min(torch.finfo(total.dtype).tiny) if reduction == "mean" else total[0]
 
 
 def _alike(x: Tensor, y: Tensor, scale: Tensor, options: Options, strategy: str) -> dict[str, Any]:
@@ -353,6 +353,10 @@ def contrastive_logsumexp(
         scale: s > 0, the inverse temperature: a number as in :func:`modest_align_loss`.
         row_ids: integers [B], or None beside None.
         col_ids: integers [N].
+        process_group: as for :func:`modest_align_loss`. x and y, of any lengths, are then this rank's shards, and the
+            logsumexps are over all ranks' columns and rows. Where rank r makes J_r of them, x and y receive the
+            derivative of the sum of all J_r, and ``scale`` that of their mean.
+        strategy: likewise.
         backend: "auto", or a name of :func:`available_backends`.
 
     Returns:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from modest_align_kernels.functional import check_number, modest_align_loss
 
 if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh, ProcessGroup
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 # The attributes that are numbers or one-element tensors, and the arguments they come from.
