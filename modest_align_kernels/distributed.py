@@ -295,12 +295,12 @@ class Ranks:
             if step == 0:
                 at_home = found  # the others' come after the last step
             else:
-                found = found if returning is None else merge(*returning(), found)
+                found = found if returning is None else merge(returning()[0], found)
                 returning = self._pass_on((found,), (total if extra else counted,), 3)
             if coming is not None:
                 y_hat, ids, vectors = coming()
                 columns = Columns(y_hat, ids, vectors, counted, False)
-        return at_home if returning is None else merge(at_home, *returning())
+        return at_home if returning is None else merge(at_home, returning()[0])
 
     def _pass_on(
         self, tensors: Sequence[Tensor | None], lengths: Sequence[int], first_tag: int
@@ -756,7 +756,8 @@ def _products(
     grad_x = row_lse.new_zeros((pairs, rows.x_hat.shape[1] if want_x else 0))
     met = False
     # By a row's number, sums over the columns, and weighted ones; likewise over this rank's rows.
-    y_sums = x_sums = grad_x, grad_x
+    y_sums: tuple[Tensor, ...] = ()
+    x_sums: tuple[Tensor, ...] = ()
     grouped = smoothed is not None and smoothed.sums is None
     if smoothed is not None and grouped:
         x_sums = tuple(negated_sums(rows.x_hat, share, numbers, pairs) for share in (None, smoothed.row_share))

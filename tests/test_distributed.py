@@ -1,0 +1,72 @@
+"""The loss of several ranks is that of one process, with all its gradients, in every strategy; nothing hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rank_pool import RankPool
+
+STRATEGIES = ("gather", "ring")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    ranks = RankPool()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        (2, "equal"),
+        (3, "unequal"),
+        (4, "empty"),
+        *(
+            pytest.param(size, how, marks=pytest.mark.slow)
+            for size, how in ((2, "empty"), (3, "equal"), (4, "unequal"))
+        ),
+    ],
+)
+def test_exact_in_float64(pool, strategy: str, size: int, how: str) -> None:
+    pool.run("exact_in_float64", size, strategy=strategy, how=how)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("native", torch.float32),
+        ("native", torch.bfloat16),
+        *(
+            pytest.param(backend, dtype, marks=pytest.mark.slow)
+            for backend, dtype in (
+                ("native", torch.float16),
+                ("eager", torch.float32),
+                ("eager", torch.bfloat16),
+                ("eager", torch.float16),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_error_budget(pool, strategy: str, backend: str, dtype: torch.dtype) -> None:
+    pool.run("error_budget", 3, strategy=strategy, how="unequal", dtype=dtype, backend=backend)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [(3, "empty"), *(pytest.param(n, how, marks=pytest.mark.slow) for n, how in ((2, "unequal"), (4, "equal")))],
+)
+def test_options(pool, strategy: str, size: int, how: str) -> None:
+    pool.run("options", size, strategy=strategy, how=how)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_logsumexps(pool, strategy: str, size: int) -> None:
+    pool.run("logsumexp", size, strategy=strategy)
