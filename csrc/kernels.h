@@ -97,7 +97,8 @@ struct CpuKernels {
   void (*perturb_normalize_backward)(const PerturbNormalizeBackward&);
   void (*contrastive_stats)(const ContrastiveStats&);
   void (*contrastive_grads)(const ContrastiveGrads&);
-  // Bytes of the workspaces of the two above, from extents, operand_dtype and threads alone.
+  // Bytes of the workspaces of the two above: of the statistics' from extents, operand_dtype and threads alone, of the
+  // gradients' from all other arguments.
   std::int64_t (*contrastive_stats_workspace)(const ContrastiveStats&);
   std::int64_t (*contrastive_grads_workspace)(const ContrastiveGrads&);
 };

@@ -70,7 +70,7 @@ struct Left {
 };
 
 struct Workspace {
-  float *row_log2, *col_log2;      // [rows], [padded columns]: the logsumexps in units of log2, if one shift does not serve
+  float *row_log2, *col_log2;  // [rows], [padded columns]: the logsumexps in units of log2, if one shift does not serve
   float *row_weight, *col_weight;  // beside them; 0 for what does not count
   float *row_factor, *col_factor;  // G is a block's element times the sum of its row's and its column's factor
   char* block;
@@ -89,8 +89,11 @@ struct Workspace {
     col_weight = arena.take<float>(one_shift ? 0 : length);
     col_factor = arena.take<float>(length);
     block = arena.take<char>(e.block_rows * e.block_columns * sizeof(typename Operand::Element) + 64);
-    for (auto& of_product : slices) {
-      for (uint32_t*& slice : of_product) slice = arena.take<uint32_t>(round_up(a.width, kTileColumns) * e.depth);
+    const int64_t words = round_up(a.width, kTileColumns) * e.depth, slice = e.depth * Operand::kPerWord;
+    for (int product = 0; product < 2; ++product) {
+      const int64_t length = product == 0 ? (a.grad_x ? a.columns : 0) : (a.grad_y ? a.rows : 0);
+      slices[product][0] = arena.take<uint32_t>(length > 0 ? words : 0);
+      slices[product][1] = arena.take<uint32_t>(length > slice ? words : 0);
     }
     workers = arena.next;
     Arena for_block{nullptr}, for_product{nullptr};
@@ -102,9 +105,7 @@ struct Workspace {
   }
 
   // Of the columns' vectors: a tile's rows of the left operand can be loaded from every column on.
-  static int64_t columns_length(const ContrastiveGrads& a) {
-    return padded(a.columns) + round_up(kTileRows, kLanes);
-  }
+  static int64_t columns_length(const ContrastiveGrads& a) { return padded(a.columns) + round_up(kTileRows, kLanes); }
 };
 
 // The epilogue that writes a block: exponentials under the shared shift, or if that does not suffice G itself. Rows
@@ -156,8 +157,18 @@ struct Block {
   int64_t stride, row0, rows, col0, columns;
   const float *row_factor, *col_factor;  // from row0 and col0 on
 
-  // packed[k * kTileRows + m] = word k of G's row `row` + m, from `column` on: the left operand of the images' gradient.
-  // Zero for rows past `count`.
+  // What one of the following two reads.
+  Ahead ahead(bool images, int64_t first, int64_t count, int64_t k0, int64_t length, int64_t shares) const {
+    const int64_t bytes = sizeof(Element);
+    const char* const from = reinterpret_cast<const char*>(elements);
+    if (images)
+      return {from + (first * stride + k0) * bytes, stride * bytes, count, ceil_div(length * bytes, kLine), shares};
+    // The line in which a row's part begins is there from the tile before.
+    return {from + (k0 * stride + first + kTileRows - 1) * bytes, stride * bytes, length, 1, shares};
+  }
+
+  // packed[k * kTileRows + m] = word k of G's row `row` + m, from `column` on: the left operand of the images'
+  // gradient. Zero for rows past `count`.
   void pack_rows(const Left& left, int64_t row, int64_t count, int64_t column, int64_t length) const {
     Element* const weighted = static_cast<Element*>(left.weighted);
     const int64_t words = ceil_div(length, Operand::kPerWord), row_length = round_up(length, kLanes);
@@ -165,7 +176,8 @@ struct Block {
       const Element* from = elements + (row + m) * stride + column;
       const float factor = row_factor[row + m];
       for (int64_t k = 0; k < row_length; k += kLanes) {
-        store_vector(weighted + m * row_length + k, load_vector(from + k) * (load<Vec>(col_factor + column + k) + factor));
+        store_vector(weighted + m * row_length + k,
+                     load_vector(from + k) * (load<Vec>(col_factor + column + k) + factor));
       }
     }
     pack_along_rows<kTileRows>(left.packed, reinterpret_cast<const uint32_t*>(weighted), row_length / Operand::kPerWord,
@@ -175,7 +187,8 @@ struct Block {
   // packed[k * kTileRows + m] = G's element in row `row` + k and column `column` + m, of two rows for pairs: the left
   // operand of the texts' gradient. Zero for an odd last row; columns past the end are those of no result.
   void pack_columns(const Left& left, int64_t column, int64_t row, int64_t length) const {
-    for (int m = 0; m < kTileRows; m += kLanes) {
+    // From the last vector on: what it writes past its step, the first one overwrites.
+    for (int m = (kTileRows - 1) / kLanes * kLanes; m >= 0; m -= kLanes) {
       const Vec factor = load<Vec>(col_factor + column + m);
       const Element* from = elements + row * stride + column + m;
       const auto g = [&](int64_t k) { return load_vector(from + k * stride) * (factor + row_factor[row + k]); };
@@ -189,32 +202,16 @@ struct Block {
   }
 };
 
-// A share of what the next call of pack_rows or pack_columns will read: a line at a time, so that the matmul hides it.
-template <class Operand>
-struct Ahead {
-  const typename Operand::Element* from;
-  int64_t stride, rows, lines;  // of a row
-  int64_t shares;
-
-  MODEST_ALIGN_METHOD void fetch(int64_t share) const {
-    constexpr int64_t kLine = 64 / sizeof(typename Operand::Element);
-    const int64_t all = rows * lines;
-    for (int64_t i = all * share / shares; i < all * (share + 1) / shares; ++i) {
-      __builtin_prefetch(from + i % rows * stride + i / rows * kLine);
-    }
-  }
-};
-
 // One of the two products: out rows (+)= G's rows times the texts, or G's columns times the images.
 template <class Operand>
 struct Product {
-  bool images;                              // whose gradient it is
-  const typename Operand::Element* right;   // [length, width]
-  int64_t length;                           // of its sums
-  float* out;                               // [rows, width]
-  int64_t rows, part;                       // of which a task computes `part`
-  bool first;                               // nothing has been added yet
-  uint32_t* const* slices;                  // packed ones
+  bool images;                             // whose gradient it is
+  const typename Operand::Element* right;  // [length, width]
+  int64_t length;                          // of its sums
+  float* out;                              // [rows, width]
+  int64_t rows, part;                      // of which a task computes `part`
+  bool first;                              // nothing has been added yet
+  uint32_t* const* slices;                 // packed ones
 
   int64_t tasks() const { return ceil_div(rows, part); }
 };
@@ -222,7 +219,7 @@ struct Product {
 // out[m, :] (+)= sum over k of a tile's left[k, m] * right[k, :], for `count` rows and `width` columns.
 template <class Operand>
 void multiply_panels(const uint32_t* left, const uint32_t* right, int64_t steps, int64_t count, int64_t width,
-                     bool first, float* out, const Ahead<Operand>& ahead) {
+                     bool first, float* out, const Ahead& ahead) {
   for (int64_t d = 0; d < width; d += kTileColumns) {
     ahead.fetch(d / kTileColumns);
     for (int64_t m = 0; m < count; ++m) {
@@ -264,12 +261,12 @@ void multiply_block(const ContrastiveGrads& a, const Matrix<Operand>& m, const E
   Product<Operand> products[2];
   int wanted = 0;
   if (a.grad_x) {
-    products[wanted++] = {true, m.y_hat + block.col0 * width, block.columns, a.grad_x + block.row0 * width, block.rows,
-                          part_of(block.rows), block.col0 == 0, w.slices[0]};
+    products[wanted++] = {true,       m.y_hat + block.col0 * width, block.columns,   a.grad_x + block.row0 * width,
+                          block.rows, part_of(block.rows),          block.col0 == 0, w.slices[0]};
   }
   if (a.grad_y) {
-    products[wanted++] = {false, m.x_hat + block.row0 * width, block.rows, a.grad_y + block.col0 * width,
-                          block.columns, part_of(block.columns), block.row0 == 0, w.slices[1]};
+    products[wanted++] = {false,         m.x_hat + block.row0 * width, block.rows,      a.grad_y + block.col0 * width,
+                          block.columns, part_of(block.columns),       block.row0 == 0, w.slices[1]};
   }
   const int64_t panels = ceil_div(width, kTileColumns);
 
@@ -284,16 +281,8 @@ void multiply_block(const ContrastiveGrads& a, const Matrix<Operand>& m, const E
     const int64_t length = smaller(slice, p.length - k0), end = smaller(p.rows, (task + 1) * p.part);
     for (int64_t row = task * p.part; row < end; row += kTileRows) {
       const int64_t count = smaller(kTileRows, end - row), next = row + kTileRows;
-      constexpr int64_t kLine = 64 / sizeof(typename Operand::Element);
-      Ahead<Operand> ahead{nullptr, block.stride, 0, 1, panels};
-      if (next < end && p.images) {
-        ahead.from = block.elements + next * block.stride + k0;
-        ahead.rows = smaller(kTileRows, end - next);
-        ahead.lines = ceil_div(length, kLine);
-      } else if (next < end) {
-        ahead.from = block.elements + k0 * block.stride + next + kTileRows - 1;
-        ahead.rows = length;
-      }
+      const Ahead ahead = next < end ? block.ahead(p.images, next, smaller(kTileRows, end - next), k0, length, panels)
+                                     : Ahead{nullptr, 0, 0, 0, panels};
       if (p.images) {
         block.pack_rows(left, row, count, k0, length);
       } else {
@@ -307,7 +296,8 @@ void multiply_block(const ContrastiveGrads& a, const Matrix<Operand>& m, const E
   for (int64_t k0 = -slice; k0 < larger(block.rows, block.columns); k0 += slice) {
     int64_t tasks = 0, ends[4];
     for (int i = 0; i < wanted; ++i) ends[i] = tasks += k0 + slice < products[i].length ? panels : 0;
-    for (int i = 0; i < wanted; ++i) ends[2 + i] = tasks += k0 >= 0 && k0 < products[i].length ? products[i].tasks() : 0;
+    for (int i = 0; i < wanted; ++i)
+      ends[2 + i] = tasks += k0 >= 0 && k0 < products[i].length ? products[i].tasks() : 0;
     parallel(team, tasks, [&](int64_t task, int worker) {
       int64_t begin = 0;
       for (int i = 0; i < wanted; begin = ends[i++]) {
@@ -355,8 +345,9 @@ void run(const ContrastiveGrads& a, int used, Team& team) {
     }
   }
   if (const int64_t i0 = e.computed; i0 < a.rows) {
-    multiply_block(a, m, e, w, {m.kept(i0), a.kept_stride, i0, a.rows - i0, 0, a.columns, w.row_factor + i0, w.col_factor},
-                   used, team);
+    multiply_block(a, m, e, w,
+                   {m.kept(i0), a.kept_stride, i0, a.rows - i0, 0, a.columns, w.row_factor + i0, w.col_factor}, used,
+                   team);
   }
 }
 

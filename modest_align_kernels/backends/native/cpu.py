@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _workspace(size: Callable[..., int], given: dict[str, Any]) -> Tensor:
-    names = ("rows", "columns", "col_count", "width", "operand_dtype", "threads")
+def _workspace(size: int) -> Tensor:
     # PyTorch aligns to 64 bytes, which the kernels ask for.
-    return torch.empty(size(**{name: given[name] for name in names}), dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def perturb_normalize(a: PerturbNormalize) -> None:
@@ -49,7 +47,8 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward) -> None:
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
     given = _arguments({**a._asdict(), "row_lse": row_lse, "col_lse": col_lse})
-    workspace = _workspace(_C.cpu_contrastive_stats_workspace, given)
+    names = ("rows", "columns", "col_count", "width", "operand_dtype", "threads")
+    workspace = _workspace(_C.cpu_contrastive_stats_workspace(**{name: given[name] for name in names}))
     _C.cpu_contrastive_stats(**given, workspace=workspace.data_ptr())
 
 
@@ -57,5 +56,5 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
     wanted = {name: grad if grad.numel() else None for name, grad in (("grad_x", grad_x), ("grad_y", grad_y))}
     given = _arguments({**a._asdict(), **softmaxes._asdict(), **wanted})
-    workspace = _workspace(_C.cpu_contrastive_grads_workspace, given)
+    workspace = _workspace(_C.cpu_contrastive_grads_workspace(**given))
     _C.cpu_contrastive_grads(**given, workspace=workspace.data_ptr())
