@@ -90,6 +90,11 @@ Fields<A> device() {
 }
 
 template <class A>
+Fields<A> workspace() {
+  return {FIELD(workspace)};
+}
+
+template <class A>
 Fields<A> extents() {
   return {FIELD(rows), FIELD(columns), FIELD(col_count)};
 }
@@ -106,6 +111,38 @@ Fields<A> softmaxes() {
   return logits<A>() + Fields<A>{FIELD(row_lse), FIELD(col_lse), FIELD(row_weight), FIELD(col_weight)};
 }
 
+template <class A>
+Fields<A> perturb_normalize_backward() {
+  return {FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
+          FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
+          FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
+          FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
+          FIELD(width)};
+}
+
+template <class A>
+Fields<A> pair_losses() {
+  return Fields<A>{FIELD(row_lse),
+                   FIELD(col_lse),
+                   FIELD(pair_dot),
+                   FIELD(scale),
+                   FIELD(losses),
+                   FIELD(row_weight),
+                   FIELD(col_weight),
+                   FIELD(pair_weight),
+                   FIELD(smoothing),
+                   FIELD(x_hat),
+                   FIELD(y_hat),
+                   FIELD(operand_dtype),
+                   FIELD(row_ids),
+                   FIELD(col_ids),
+                   FIELD(slope),
+                   FIELD(row_negative_weight),
+                   FIELD(col_negative_weight),
+                   FIELD(width)} +
+         extents<A>();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -119,31 +156,6 @@ PYBIND11_MODULE(_C, m) {
       FIELD(pair_dot), FIELD(rows),      FIELD(pairs),         FIELD(features),
       FIELD(width)};
   using Backward = PerturbNormalizeBackward;
-  const Fields<Backward> perturb_normalize_backward{
-      FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
-      FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
-      FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
-      FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
-      FIELD(width)};
-  const Fields<PairLosses> pair_losses = Fields<PairLosses>{FIELD(row_lse),
-                                                            FIELD(col_lse),
-                                                            FIELD(pair_dot),
-                                                            FIELD(scale),
-                                                            FIELD(losses),
-                                                            FIELD(row_weight),
-                                                            FIELD(col_weight),
-                                                            FIELD(pair_weight),
-                                                            FIELD(smoothing),
-                                                            FIELD(x_hat),
-                                                            FIELD(y_hat),
-                                                            FIELD(operand_dtype),
-                                                            FIELD(row_ids),
-                                                            FIELD(col_ids),
-                                                            FIELD(slope),
-                                                            FIELD(row_negative_weight),
-                                                            FIELD(col_negative_weight),
-                                                            FIELD(width)} +
-                                         extents<PairLosses>();
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;
   const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
@@ -159,11 +171,10 @@ PYBIND11_MODULE(_C, m) {
   });
   define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
          [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
-  const Fields<Backward> backward_workspace{FIELD(workspace)};
-  const Fields<PairLosses> pair_workspace{FIELD(workspace)};
-  define(m, "cpu_perturb_normalize_backward", perturb_normalize_backward + backward_workspace + threads<Backward>(),
+  define(m, "cpu_perturb_normalize_backward",
+         perturb_normalize_backward<Backward>() + workspace<Backward>() + threads<Backward>(),
          [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); });
-  define(m, "cpu_pair_losses", pair_losses + pair_workspace + threads<PairLosses>(),
+  define(m, "cpu_pair_losses", pair_losses<PairLosses>() + workspace<PairLosses>() + threads<PairLosses>(),
          [](const PairLosses& a) { cpu_kernels().pair_losses(a); });
   define(m, "cpu_perturb_normalize_backward_workspace",
          Fields<Backward>{FIELD(smoothing), FIELD(pair_ids), FIELD(pairs), FIELD(width)},
@@ -186,8 +197,21 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = true;
   m.def("cuda_error_string", &cuda::error_string);
   define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
-  define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<Backward>(),
+  using CudaBackward = cuda::PerturbNormalizeBackward;
+  using CudaPairs = cuda::PairLosses;
+  define(m, "cuda_perturb_normalize_backward",
+         perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{FIELD(pair_order)} +
+             workspace<CudaBackward>() + device<CudaBackward>(),
          cuda::perturb_normalize_backward);
+  define(m, "cuda_perturb_normalize_backward_workspace",
+         Fields<CudaBackward>{FIELD(pair_ids), FIELD(pairs), FIELD(pair_rows), FIELD(width)},
+         cuda::perturb_normalize_backward_workspace);
+  define(m, "cuda_pair_losses",
+         pair_losses<CudaPairs>() + Fields<CudaPairs>{FIELD(row_order), FIELD(col_order)} + workspace<CudaPairs>() +
+             device<CudaPairs>(),
+         cuda::pair_losses);
+  define(m, "cuda_pair_losses_workspace", Fields<CudaPairs>{FIELD(col_ids), FIELD(width)} + extents<CudaPairs>(),
+         cuda::pair_losses_workspace);
   using G = cuda::ContrastiveG;
   const Fields<Stats> limit{FIELD(workspace_bytes)};
   define(m, "cuda_contrastive_stats", stats + limit + device<Stats>(), cuda::contrastive_stats);

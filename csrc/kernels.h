@@ -150,7 +150,22 @@ namespace cuda {
 
 const char* error_string(int status);
 int perturb_normalize(const PerturbNormalize&);
+
+// With ids these two also take the order of each side's rows whose sums they need: the rows' numbers by ascending id.
+struct PerturbNormalizeBackward : modest_align::PerturbNormalizeBackward {
+  const std::int64_t* pair_order;  // [pair_rows]
+};
 int perturb_normalize_backward(const PerturbNormalizeBackward&);
+
+struct PairLosses : modest_align::PairLosses {
+  const std::int64_t* row_order;  // [rows]
+  const std::int64_t* col_order;  // [columns]
+};
+int pair_losses(const PairLosses&);
+
+// Bytes of their workspaces, of which nothing is read without smoothing.
+std::int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward&);
+std::int64_t pair_losses_workspace(const PairLosses&);
 
 int contrastive_stats(const ContrastiveStats&);
 // Bytes of its workspace: at most `workspace_bytes`, if 256 rows at a time can do with so few.

@@ -137,7 +137,25 @@ class CpuWorkspace(Extents, OnCpu):
     operand_dtype: int
 
 class CudaPerturbNormalize(PerturbNormalize, OnCuda): ...
-class CudaPerturbNormalizeBackward(PerturbNormalizeBackward, OnCuda): ...
+
+class CudaPerturbNormalizeBackward(PerturbNormalizeBackward, OnCuda):
+    pair_order: int
+    workspace: int
+
+class CudaPerturbNormalizeBackwardWorkspace(TypedDict):
+    pair_ids: int
+    pairs: int
+    pair_rows: int
+    width: int
+
+class CudaPairLosses(PairLosses, OnCuda):
+    row_order: int
+    col_order: int
+    workspace: int
+
+class CudaPairLossesWorkspace(Extents):
+    col_ids: int
+    width: int
 
 class CudaContrastiveStats(ContrastiveStats, OnCuda):
     workspace_bytes: int
@@ -175,6 +193,9 @@ def cpu_contrastive_grads_workspace(**arguments: Unpack[CpuWorkspace]) -> int: .
 def cuda_error_string(status: int) -> str: ...
 def cuda_perturb_normalize(**arguments: Unpack[CudaPerturbNormalize]) -> int: ...
 def cuda_perturb_normalize_backward(**arguments: Unpack[CudaPerturbNormalizeBackward]) -> int: ...
+def cuda_perturb_normalize_backward_workspace(**arguments: Unpack[CudaPerturbNormalizeBackwardWorkspace]) -> int: ...
+def cuda_pair_losses(**arguments: Unpack[CudaPairLosses]) -> int: ...
+def cuda_pair_losses_workspace(**arguments: Unpack[CudaPairLossesWorkspace]) -> int: ...
 def cuda_contrastive_stats(**arguments: Unpack[CudaContrastiveStats]) -> int: ...
 def cuda_contrastive_stats_workspace(**arguments: Unpack[CudaWorkspace]) -> int: ...
 def cuda_softmax_factors(**arguments: Unpack[SoftmaxFactors]) -> int: ...

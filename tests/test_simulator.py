@@ -17,7 +17,16 @@ import torch
 
 from modest_align_kernels import dispatch, modest_align_loss, noise, ops
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
-from tests.operator_checks import assert_like_eager, assert_rows_like_eager, operands, slow_but
+from tests.operator_checks import (
+    GROUP_PATTERNS,
+    assert_like_eager,
+    assert_pairs_like_eager,
+    assert_rows_like_eager,
+    assert_sides_like_eager,
+    numbered_groups,
+    operands,
+    slow_but,
+)
 from tests.ptx_simulator import runtime
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Fault, Memory
@@ -31,8 +40,15 @@ def why_not() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-# How many results each operator writes, its last arguments.
-RESULTS = {"perturb_normalize": 3, "perturb_normalize_backward": 2, "contrastive_stats": 2, "contrastive_grads": 2}
+# What each operator writes of its contract's structs; the other two write their other arguments.
+RESULTS = {
+    "perturb_normalize": ("x_hat", "inv_norm", "pair_dot"),
+    "perturb_normalize_backward": ("dx", "row_dot"),
+    "pair_losses": (
+        *("losses", "row_weight", "col_weight", "pair_weight"),
+        *("slope", "row_negative_weight", "col_negative_weight"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +67,8 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
             return getattr(eager, name)
 
         def run(*arguments) -> None:
-            flat = [a for argument in arguments for a in (argument if isinstance(argument, tuple) else (argument,))]
-            with simulator.allocations(*flat[: -RESULTS[name]]):
+            fields = [f for a in arguments if isinstance(a, tuple) for f in a._asdict().items()]
+            with simulator.allocations(*(value for key, value in fields if key not in RESULTS.get(name, ()))):
                 getattr(cuda, name)(*arguments)
 
         return run
@@ -200,6 +216,33 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
 def test_rows_of_any_width(device, dtype: torch.dtype, features: int) -> None:
     device.order = Order(warps=8)
     assert_rows_like_eager(dtype, features, "native")
+
+
+def pairs_and_sums(shape: tuple[int, int, int], groups: str, smoothing: float | None = 0.3) -> None:
+    hats, ids = operands(*shape, 14.3)[:2], numbered_groups(groups, *shape[:2])
+    for col_count in (shape[0], 0):
+        assert_pairs_like_eager(*hats, *ids, smoothing, col_count, "native")
+    assert_sides_like_eager(*hats, *ids, smoothing, shape[2], torch.float16, "native")
+
+
+# Around the 64 rows that a warp sums, its 256 features, and the 128 of a block that adds up what warps leave.
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    slow_but(
+        {((70, 200, 320), "large groups"), ((40, 65, 64), "groups")},
+        ((1, 1, 64), (40, 65, 64), (64, 128, 256), (70, 200, 320), (30, 700, 1088)),
+        GROUP_PATTERNS,
+    ),
+)
+def test_pairs_and_sums(device, shape: tuple[int, int, int], groups: str) -> None:
+    device.order = Order(warps=8)
+    pairs_and_sums(shape, groups)
+
+
+def test_launches_without_smoothing(device) -> None:
+    pairs_and_sums((9, 11, 64), "none", None)
+    assert {name for name, *_ in device.launches} >= {"pair_losses_kernel"}
+    assert not [name for name, *_ in device.launches if "sums" in name]
 
 
 @pytest.mark.parametrize("features", [40, 1100])

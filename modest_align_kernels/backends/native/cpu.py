@@ -18,12 +18,10 @@ from modest_align_kernels.backends.contract import (
     SmoothedLosses,
     Softmaxes,
 )
-from modest_align_kernels.backends.native.arguments import arguments
+from modest_align_kernels.backends.native.arguments import UNSMOOTHED_GRADIENT, UNSMOOTHED_LOSSES, arguments
 
 _CPU = torch.device("cpu")
 _EXTENTS = "rows", "columns", "col_count", "width", "operand_dtype", "threads"
-_UNSMOOTHED_GRADIENT = SmoothedGradient(*(None,) * len(SmoothedGradient._fields))  # type: ignore[arg-type]
-_UNSMOOTHED_LOSSES = SmoothedLosses(*(None,) * len(SmoothedLosses._fields))  # type: ignore[arg-type]
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
     """See :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`."""
     dtype = _kernel_dtype(a.dx.dtype)
     dx = a.dx if a.dx.dtype == dtype else torch.empty_like(a.dx, dtype=dtype)
-    given = _arguments({**a._asdict(), **(smoothed or _UNSMOOTHED_GRADIENT)._asdict(), "dx": dx})
+    given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_GRADIENT)._asdict(), "dx": dx})
     size, names = _C.cpu_perturb_normalize_backward_workspace, ("smoothing", "pair_ids", "pairs", "width")
     workspace = _workspace(size, given, *names) if smoothed else None
     _C.cpu_perturb_normalize_backward(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
@@ -61,7 +59,7 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
 
 def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.pair_losses`."""
-    given = _arguments({**a._asdict(), **(smoothed or _UNSMOOTHED_LOSSES)._asdict()})
+    given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_LOSSES)._asdict()})
     names = "smoothing", "row_ids", "col_ids", "rows", "columns", "col_count", "width"
     workspace = _workspace(_C.cpu_pair_losses_workspace, given, *names) if smoothed else None
     _C.cpu_pair_losses(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
