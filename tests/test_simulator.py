@@ -239,10 +239,13 @@ def test_pairs_and_sums(device, shape: tuple[int, int, int], groups: str) -> Non
     pairs_and_sums(shape, groups)
 
 
-def test_launches_without_smoothing(device) -> None:
-    pairs_and_sums((9, 11, 64), "none", None)
-    assert {name for name, *_ in device.launches} >= {"pair_losses_kernel"}
-    assert not [name for name, *_ in device.launches if "sums" in name]
+@pytest.mark.parametrize(("smoothing", "launches"), [(None, 1), (0.3, 3)])
+def test_launches(device, smoothing: float | None, launches: int) -> None:
+    pairs_and_sums((9, 11, 64), "groups", smoothing)
+    # Losses in both directions and in one, the backward of both sides.
+    assert len(device.launches) == 4 * launches
+    for kernel in ("pair_losses_kernel", "perturb_normalize_backward_kernel"):
+        assert sum(kernel in name for name, *_ in device.launches) == 2
 
 
 @pytest.mark.parametrize("features", [40, 1100])
@@ -390,6 +393,20 @@ PLANTED: dict[str, tuple[str, str, str, int, Callable[[], None]]] = {
         r"setp.ne.s32 \1, 0, 0;",
         0,
         partial(normalized, 1032),
+    ),
+    "pieces of a run are added up before all warps have theirs": (
+        "fold_sums_kernel",
+        r"bar\.sync\s+0;",
+        "",
+        0,
+        partial(pairs_and_sums, (30, 700, 64), "large groups"),
+    ),
+    "the row of another lane": (
+        "group_sums_kernel",
+        r"(shfl\.sync\.idx\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,",
+        r"\1, 0,",
+        1,
+        partial(pairs_and_sums, (30, 70, 64), "groups"),
     ),
     "another random number": (LONG_ROWS, r"3528531795", "3528531797", 0, partial(normalized, 1032)),
 }
