@@ -33,13 +33,14 @@ from modest_align_kernels.noise import IMAGES, TEXTS
 
 
 class Options(NamedTuple):
-    """What a call of the loss does not differentiate, and no tensor holds; see ``modest_align_loss``."""
+    """What a call does not differentiate, and no tensor holds; see ``modest_align_loss``."""
 
-    relative_noise: bool
-    symmetric: bool
     operand_dtype: torch.dtype
     backend: str
     keep: bool  # a backward can follow: the forward may leave exponentials for it
+    relative_noise: bool = False
+    symmetric: bool = True
+    mean: bool = True  # of the pairs' losses; else these
 
 
 def number_groups(row_ids: Tensor, col_ids: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class _OnlyFirstDerivatives(torch.autograd.Function):
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """(x, y, scale, smoothing, ...) -> (loss, row_lse of the negatives, what else the backward needs)."""
+    """(x, y, scale, smoothing, ...) -> (loss or [B] losses, row_lse of the negatives, what else the backward needs)."""
 
     @staticmethod
     def forward(
@@ -99,26 +100,29 @@ class ContrastiveLoss(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         """Args as :func:`modest_align_kernels.modest_align_loss`; no smoothing is None."""
-        rows, backend = x.shape[0], options.backend
+        # torch.export traces through here with gradients on, and would keep those of some operators alone.
+        with torch.no_grad():
+            rows, backend = x.shape[0], options.backend
 
-        def perturb_normalize(features: Tensor, noise_stream: int, pair_hat: Tensor | None) -> tuple[Tensor, ...]:
-            noise = seed, noise_std, noise_stream, options.relative_noise
-            return ops.perturb_normalize(
-                features, *noise, pair_hat, operand_dtype=options.operand_dtype, backend=backend
+            def perturb_normalize(features: Tensor, noise_stream: int, pair_hat: Tensor | None) -> tuple[Tensor, ...]:
+                noise = seed, noise_std, noise_stream, options.relative_noise
+                return ops.perturb_normalize(
+                    features, *noise, pair_hat, operand_dtype=options.operand_dtype, backend=backend
+                )
+
+            x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
+            y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
+            row_lse, col_lse, exponentials = ops.contrastive_stats(
+                *(x_hat, y_hat, scale, row_ids, col_ids, True),
+                col_count=rows if options.symmetric else 0,
+                keep=options.keep,
+                backend=backend,
             )
-
-        x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
-        y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
-        row_lse, col_lse, exponentials = ops.contrastive_stats(
-            *(x_hat, y_hat, scale, row_ids, col_ids, True),
-            col_count=rows if options.symmetric else 0,
-            keep=options.keep,
-            backend=backend,
-        )
-        losses, *of_pairs = ops.pair_losses(
-            row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
-        )
-        return losses.mean(), row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
+            losses, *of_pairs = ops.pair_losses(
+                row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
+            )
+            loss = losses.mean() if options.mean else losses
+            return loss, row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -152,8 +156,20 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *more = ctx.saved_tensors
     row_weight, col_weight, pair_weight, slope, row_negative_weight, col_negative_weight, *more = more
     scale, smoothing, row_ids, col_ids = more
-    d_smoothing = grad_loss * slope.mean() if ctx.needs_input_grad[3] else None
-    factor = grad_loss * (1 / (2 * len(row_lse)) if ctx.options.symmetric else 1 / len(row_lse))
+    share, d_smoothing = 0.5 if ctx.options.symmetric else 1.0, None
+    if ctx.options.mean:
+        factor = grad_loss * (share / len(row_lse))
+        if ctx.needs_input_grad[3]:
+            d_smoothing = grad_loss * slope.mean()
+    else:
+        if ctx.needs_input_grad[3]:
+            d_smoothing = torch.dot(grad_loss, slope)
+        largest, grad_loss = _largest(grad_loss)
+        factor = largest * share
+        row_weight, pair_weight = row_weight * grad_loss, pair_weight * grad_loss
+        col_weight = col_weight * grad_loss[: len(col_weight)]
+        if smoothing is not None:
+            row_negative_weight, col_negative_weight = row_negative_weight * grad_loss, col_negative_weight * grad_loss
     softmaxes = row_lse, col_lse, row_weight, col_weight, row_ids, col_ids, True, exponentials
     of_x = smoothing, row_ids, col_ids, row_negative_weight, col_negative_weight
     of_y = smoothing, col_ids, row_ids, col_negative_weight, row_negative_weight
@@ -169,16 +185,17 @@ class ContrastiveLogsumexp(torch.autograd.Function):
         x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, options: Options
     ) -> tuple[Tensor, ...]:
         """Args as :func:`modest_align_kernels.contrastive_logsumexp`."""
-        of_operands: dict[str, Any] = {"operand_dtype": options.operand_dtype, "backend": options.backend}
-        x_hat, x_inv_norm, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **of_operands)
-        y_hat, y_inv_norm, _ = ops.perturb_normalize(y, None, None, TEXTS, False, None, **of_operands)
-        row_lse, col_lse, exponentials = ops.contrastive_stats(
-            *(x_hat, y_hat, scale, row_ids, col_ids, False),
-            col_count=y.shape[0],
-            keep=options.keep,
-            backend=options.backend,
-        )
-        return row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm
+        with torch.no_grad():  # as above
+            of_operands: dict[str, Any] = {"operand_dtype": options.operand_dtype, "backend": options.backend}
+            x_hat, x_inv_norm, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **of_operands)
+            y_hat, y_inv_norm, _ = ops.perturb_normalize(y, None, None, TEXTS, False, None, **of_operands)
+            row_lse, col_lse, exponentials = ops.contrastive_stats(
+                *(x_hat, y_hat, scale, row_ids, col_ids, False),
+                col_count=y.shape[0],
+                keep=options.keep,
+                backend=options.backend,
+            )
+            return row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,15 +231,20 @@ def _logsumexp_gradients(ctx: Any, grad_row: Tensor | None, grad_col: Tensor | N
     row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, scale, row_ids, col_ids = ctx.saved_tensors
     row_weight = torch.zeros_like(row_lse) if grad_row is None else grad_row
     col_weight = col_lse.new_empty(0) if grad_col is None else grad_col
-    # Weights are between -1 and 1, so that float16 holds G; the largest comes back in float32.
-    sizes = [weight.abs().amax() for weight in (row_weight, col_weight) if len(weight)]
-    largest = sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
-    largest = largest.masked_fill_(largest == 0, 1.0)
-    softmaxes = row_lse, col_lse[: len(col_weight)], row_weight / largest, col_weight / largest
+    largest, row_weight, col_weight = _largest(row_weight, col_weight)
+    softmaxes = row_lse, col_lse[: len(col_weight)], row_weight, col_weight
     nothing = row_lse.new_empty(0)
     unsmoothed = None, None, None, nothing, nothing
     sides = (x_hat, x_inv_norm, unsmoothed), (y_hat, y_inv_norm, unsmoothed)
     return _of_inputs(ctx, sides, nothing, scale, largest, (*softmaxes, row_ids, col_ids, False, exponentials))
+
+
+def _largest(*weights: Tensor) -> tuple[Tensor, ...]:
+    """The largest absolute value, and the weights over it: between -1 and 1, so that float16 holds G."""
+    sizes = [weight.abs().amax() for weight in weights if len(weight)]
+    largest = torch.stack(sizes).amax()
+    largest = largest.masked_fill(largest == 0, 1.0)
+    return largest, *(weight / largest for weight in weights)
 
 
 def _of_inputs(

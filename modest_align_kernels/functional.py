@@ -1,4 +1,4 @@
-"""The loss as a function: checks, and what it means."""
+"""The loss, and the logsumexps that it is made of, as functions: checks, and what they mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels import dispatch
-from modest_align_kernels.autograd import ContrastiveLoss, Options, number_groups
+from modest_align_kernels.autograd import ContrastiveLogsumexp, ContrastiveLoss, Options, number_groups
 from modest_align_kernels.backends import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _NUMBER_TYPES = (numbers.Real, torch.SymInt, torch.SymFloat)  # NumPy's scalars 
 # What an argument that is a number may be, and the test of that.
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "logit_scale": ("a finite float > 0", lambda value: 0 < value < math.inf),
+    "scale": ("a finite float > 0", lambda value: 0 < value < math.inf),
     "max_scale": ("a finite float > 0", lambda value: 0 < value < math.inf),
     "noise_std": ("a finite float >= 0", lambda value: 0 <= value < math.inf),
     "smoothing": ("a float in [0, 1]", lambda value: 0 <= value <= 1),
@@ -37,6 +38,8 @@ def modest_align_loss(
     relative_noise: bool = False,
     smoothing: Tensor | float = 0.0,
     group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     symmetric: bool = True,
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
@@ -50,7 +53,8 @@ def modest_align_loss(
         T_{ij} = 1 - a \text{ for the positive } (i = j), \quad
         a / n_i \text{ for each of row i's } n_i \text{ negatives}
 
-        L = \tfrac12 \text{mean}_i CE(T_{i:}, S_{i:}) + \tfrac12 \text{mean}_j CE(T_{:j}, S_{:j})
+        \ell_i = \tfrac12 CE(T_{i:}, S_{i:}) + \tfrac12 CE(T_{:i}, S_{:i}), \quad
+        L = \sum_i w_i \ell_i / \sum_i w_i
 
     from Modest-Align (arXiv 2510.21606): the noise is its Random Perturbation, the smoothed target its Embedding
     Smoothing. With ``noise_std=0`` and ``smoothing=0`` this is CLIP's loss. Label smoothing of PyTorch's kind, e, which
@@ -61,8 +65,8 @@ def modest_align_loss(
     derivative raises RuntimeError. ``torch.manual_seed`` governs the noise; each call draws fresh noise.
 
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
-    checked (that would wait for the GPU). A number that changes from step to step, compiled, costs one compilation
-    more.
+    checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
+    (with PyTorch's CUDA graphs one for each value: a tensor does not).
 
     Args:
         image_features: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised. D = 0 makes
@@ -77,65 +81,154 @@ def modest_align_loss(
         smoothing: a in [0, 1], the target's mass on the negatives: a number. A row without negatives keeps its mass.
         group_ids: integers [B]; pairs with equal id are not each other's negatives. Or a tuple, integers [B] of the
             images and [N] of all texts: a text is no negative of an image with its id, which excludes texts past B too.
+        weights: w >= 0, [B] of any real dtype, whose values are not checked: a pair's share in the mean. A pair of
+            weight 0 is still a negative of the others; where all are 0, so is the loss. Gradients flow to them, too.
+        reduction: "mean"; "sum", of w l; or "none": w l, [B].
         symmetric: False keeps only the image-to-text direction, with weight 1.
         process_group: not None raises NotImplementedError in this version.
         backend: "auto", or a name of :func:`available_backends`.
 
     Returns:
-        The mean loss, 0-dim float32 (float64 for float64 features). B = 0 gives 0 with gradients of zeros; NaN features
-        give NaN.
+        The loss, 0-dim or [B] float32 (float64 for float64 features). B = 0 gives 0 with gradients of zeros; NaN
+        features give NaN.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    _check_features(image_features, text_features)
-    rows, device = image_features.shape[0], image_features.device
+    _check_features({"image_features": image_features, "text_features": text_features})
+    rows, columns = image_features.shape[0], text_features.shape[0]
+    if columns < rows:
+        raise ValueError(
+            f"text_features: got {columns} rows, want at least {rows}: row i is the positive of image i, "
+            "rows past the images are extra negatives"
+        )
     noise_std = check_number("noise_std", noise_std)
     logit_scale = check_number("logit_scale", logit_scale)
     smoothing = check_number("smoothing", smoothing)
     given_ids = _check_group_ids(group_ids, image_features, text_features)
+    if weights is not None:
+        _check_weights(weights, image_features)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: got {reduction!r}, want "mean", "sum" or "none"')
     if process_group is not None:
         raise NotImplementedError(
             "process_group: the loss over several ranks is not part of this version, want None for this rank's pairs"
         )
-    features_dtype = image_features.dtype
-    if text_features.dtype != features_dtype:
-        features_dtype = torch.promote_types(features_dtype, text_features.dtype)
-    backend = dispatch.choose(backend, device, features_dtype, image_features.shape[1])
-    operand_dtype = dispatch.operand_dtype(features_dtype, device, backend)
-    dtype = accumulation_dtype(operand_dtype)
-    scale = _as_tensor(logit_scale, dtype, device)
-    mass = None if _is_zero(smoothing) else _as_tensor(smoothing, dtype, device)
+    x, y, scale, options = _prepare(image_features, text_features, logit_scale, backend)
+    mass = None if _is_zero(smoothing) else _as_tensor(smoothing, scale.dtype, scale.device)
+    if weights is not None:
+        weights = weights.to(scale.dtype)
     if rows == 0:
         # Sums over nothing, so that whoever asks for gradients gets zeros.
-        nothing = image_features.to(dtype).sum() + text_features[:0].to(dtype).sum() + 0.0 * scale
-        return nothing if mass is None else nothing + 0.0 * mass
-    if image_features.shape[1] == 0:
-        # No backend needs to know: one feature that is 0 makes the same zero logits.
-        image_features, text_features = (torch.nn.functional.pad(t, (0, 1)) for t in (image_features, text_features))
-        noise_std = 0.0
-    if text_features is image_features:
-        text_features = text_features.view_as(text_features)  # Dynamo refuses one tensor as two inputs of a Function
+        nothing = x.to(scale.dtype).sum(1) + (y[:0].to(scale.dtype).sum() + 0.0 * scale)
+        nothing = nothing if mass is None else nothing + 0.0 * mass
+        nothing = nothing if weights is None else nothing * weights
+        return nothing if reduction == "none" else nothing.sum()
     row_ids = col_ids = None
     if given_ids is not None:
-        row_ids, col_ids = number_groups(*given_ids, text_features.shape[0])
+        row_ids, col_ids = number_groups(*given_ids, columns)
     seed = noise = None
-    if not _is_zero(noise_std):
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-        noise = _as_tensor(noise_std, dtype, device)
+    if not _is_zero(noise_std) and image_features.shape[1]:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+        noise = _as_tensor(noise_std, scale.dtype, scale.device)
+    mean = reduction == "mean" and weights is None
+    options = options._replace(relative_noise=relative_noise, symmetric=symmetric, mean=mean)
+    loss: Tensor = ContrastiveLoss.apply(x, y, scale, mass, row_ids, col_ids, seed, noise, options)[0]
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none" or mean:
+        return loss
+    loss = loss.sum()
+    if reduction == "sum" or weights is None:
+        return loss
+    return loss / weights.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+
+
+def contrastive_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""The logsumexps of the rows and of the columns of a matrix of cosines that is never stored.
+
+    .. math::
+        \hat x_i = x_i / \max(|x_i|, 10^{-12}) \quad (\text{the same for } y), \quad S = s \hat X \hat Y^T
+
+        \text{row\_lse}_i = \log \sum_{j: c_j \ne r_i} e^{S_{ij}}, \quad
+        \text{col\_lse}_j = \log \sum_{i: r_i \ne c_j} e^{S_{ij}}
+
+    with ids r of the rows and c of the columns (without ids: over all), -inf where no pair is left. Every softmax
+    contrastive loss is a few lines on these B + N numbers, exact, at four matmuls and in memory O((B + N) D), because
+    both are differentiable for any gradients u and v that come back to them:
+
+    .. math::
+        \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row\_lse}_i} + v_j e^{S_{ij} - \text{col\_lse}_j}
+
+    Gradients flow to x, y, and to ``scale`` if it is a tensor that asks for one; of -inf they are zero. A row whose
+    norm is below 1e-12 has none. A second derivative raises RuntimeError.
+
+    Args:
+        x: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised.
+        y: [N, D], on the same device; any N.
+        scale: s > 0, the inverse temperature: a number as in :func:`modest_align_loss`.
+        row_ids: integers [B], or None beside None.
+        col_ids: integers [N].
+        backend: "auto", or a name of :func:`available_backends`.
+
+    Returns:
+        row_lse [B] and col_lse [N], float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    _check_features({"x": x, "y": y})
+    scale = check_number("scale", scale)
+    if (row_ids is None) != (col_ids is None):
+        given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
+        raise ValueError(f"{missing}: got None beside {given}, want both or neither")
+    ids: tuple[Tensor | None, ...] = (None, None)
+    if row_ids is not None and col_ids is not None:
+        _check_ids("row_ids", row_ids, x, "row of x", "x")
+        _check_ids("col_ids", col_ids, y, "row of y", "x")
+    rows, columns = x.shape[0], y.shape[0]
+    x, y, scale, options = _prepare(x, y, scale, backend)
+    if rows == 0 or columns == 0:
+        # Of nothing, with gradients of zeros.
+        zeros = (0.0 * t.to(scale.dtype).sum(1) for t in (x, y))
+        row_lse, col_lse = (zero + (0.0 * scale - math.inf) for zero in zeros)
+        return row_lse, col_lse
+    if row_ids is not None and col_ids is not None:
+        ids = number_groups(row_ids.long(), col_ids.long(), columns)
+    row_lse, col_lse, *_ = ContrastiveLogsumexp.apply(x, y, scale, *ids, options)
+    return row_lse, col_lse
+
+
+def _prepare(x: Tensor, y: Tensor, scale: Tensor | float, backend: str) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """What a Function gets of both sides, of the scale and of the backend."""
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    backend = dispatch.choose(backend, x.device, dtype, x.shape[1])
+    operand_dtype = dispatch.operand_dtype(dtype, x.device, backend)
     # Inside an autograd.Function gradients are always off.
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (image_features, text_features, scale))
-    options = Options(relative_noise, symmetric, operand_dtype, backend, keep)
-    loss: Tensor = ContrastiveLoss.apply(
-        image_features, text_features, scale, mass, row_ids, col_ids, seed, noise, options
-    )[0]
-    return loss
+    wanted = any(isinstance(t, Tensor) and t.requires_grad for t in (x, y, scale))
+    options = Options(operand_dtype, backend, keep=torch.is_grad_enabled() and wanted)
+    scale = _as_tensor(scale, accumulation_dtype(operand_dtype), x.device)
+    if x.shape[1] == 0:
+        # No backend needs to know: one feature that is 0 makes the same zero logits.
+        x, y = (torch.nn.functional.pad(t, (0, 1)) for t in (x, y))
+    # Dynamo refuses one tensor as two inputs of a Function.
+    return x, y.view_as(y) if y is x else y, scale, options
 
 
-def _check_features(image_features: Tensor, text_features: Tensor) -> None:
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
+def _check_features(sides: dict[str, Tensor]) -> None:
+    for name, features in sides.items():
         if not isinstance(features, Tensor):
             raise TypeError(f"{name}: got {type(features).__name__}, want a tensor")
         _check_plain(name, features)
@@ -143,18 +236,11 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
             raise TypeError(f"{name}: got dtype {features.dtype}, want float16, bfloat16, float32 or float64")
         if features.dim() != 2:
             raise ValueError(f"{name}: got shape {tuple(features.shape)}, want two dimensions [rows, features]")
-    (rows, width), (columns, text_width) = image_features.shape, text_features.shape
-    if text_width != width:
-        raise ValueError(f"text_features: got {text_width} features, want {width} as in image_features")
-    if columns < rows:
-        raise ValueError(
-            f"text_features: got {columns} rows, want at least {rows}: row i is the positive of image i, "
-            "rows past the images are extra negatives"
-        )
-    if text_features.device != image_features.device:
-        raise ValueError(
-            f"text_features: got device {text_features.device}, want {image_features.device} as image_features"
-        )
+    (x_name, x), (y_name, y) = sides.items()
+    if y.shape[1] != x.shape[1]:
+        raise ValueError(f"{y_name}: got {y.shape[1]} features, want {x.shape[1]} as in {x_name}")
+    if y.device != x.device:
+        raise ValueError(f"{y_name}: got device {y.device}, want {x.device} as {x_name}")
 
 
 def _check_group_ids(
@@ -163,25 +249,43 @@ def _check_group_ids(
     """The ids of the rows and, if they are given, of the columns."""
     if group_ids is None:
         return None
-    rows, columns, device = image_features.shape[0], text_features.shape[0], image_features.device
-    if isinstance(group_ids, tuple):
-        if len(group_ids) != 2:
-            raise ValueError(f"group_ids: got {len(group_ids)} of them, want a tensor [{rows}] or a pair of tensors")
-        given = {"group_ids[0]": (group_ids[0], rows, "image"), "group_ids[1]": (group_ids[1], columns, "text")}
-    else:
-        given = {"group_ids": (group_ids, rows, "image")}
-    for name, (ids, length, what) in given.items():
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name}: got {type(ids).__name__}, want an int64 tensor [{length}]")
-        _check_plain(name, ids)
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name}: got dtype {ids.dtype}, want int64")
-        if ids.shape != (length,):
-            raise ValueError(f"{name}: got shape {tuple(ids.shape)}, want [{length}], one for each {what}")
-        if ids.device != device:
-            raise ValueError(f"{name}: got device {ids.device}, want {device} as image_features")
-    row_ids, *col_ids = (ids for ids, _, _ in given.values())
-    return row_ids.long(), col_ids[0].long() if col_ids else None
+    if not isinstance(group_ids, tuple):
+        _check_ids("group_ids", group_ids, image_features, "image", "image_features")
+        return group_ids.long(), None
+    if len(group_ids) != 2:
+        want = f"a tensor [{image_features.shape[0]}] or a pair of tensors"
+        raise ValueError(f"group_ids: got {len(group_ids)} of them, want {want}")
+    row_ids, col_ids = group_ids
+    _check_ids("group_ids[0]", row_ids, image_features, "image", "image_features")
+    _check_ids("group_ids[1]", col_ids, text_features, "text", "image_features")
+    return row_ids.long(), col_ids.long()
+
+
+def _check_ids(name: str, ids: Tensor, side: Tensor, one: str, where: str) -> None:
+    """Raise one sentence unless ``ids`` are integers, one for each row of ``side``."""
+    length, device = side.shape[0], side.device
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: got {type(ids).__name__}, want an int64 tensor [{length}]")
+    _check_plain(name, ids)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {ids.dtype}, want int64")
+    if ids.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(ids.shape)}, want [{length}], one for each {one}")
+    if ids.device != device:
+        raise ValueError(f"{name}: got device {ids.device}, want {device} as {where}")
+
+
+def _check_weights(weights: Tensor, image_features: Tensor) -> None:
+    rows, device = image_features.shape[0], image_features.device
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: got {type(weights).__name__}, want a float32 tensor [{rows}]")
+    _check_plain("weights", weights)
+    if weights.is_complex():
+        raise TypeError(f"weights: got dtype {weights.dtype}, want float32")
+    if weights.shape != (rows,):
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}, want [{rows}], one for each pair")
+    if weights.device != device:
+        raise ValueError(f"weights: got device {weights.device}, want {device} as image_features")
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# The attributes that are numbers or tensors of one, and the arguments they come from.
+# The attributes that are numbers or one-element tensors, and the arguments they come from.
 _STATE = {"noise_std": "noise_std", "smoothing": "smoothing", "fixed_scale": "logit_scale"}
 
 
 class _BoundedExp(torch.autograd.Function):
-    """(x, bound) -> min(exp(x), bound). At the bound x only gets a gradient whose descent leads away from it.
+    """(x, bound) -> min(exp(x), bound). From the bound on x gets only such gradients as lower it.
 
-    A clamp would give it none, and x would stay where it is, however far above. One that also let x rise would have it
-    come back as late as it went far.
+    Of a clamp it would get none, and never come back; of one that let every gradient through it would rise on, and come
+    back as late.
     """
 
     generate_vmap_rule = True
@@ -65,6 +65,7 @@ class ModestAlignLoss(nn.Module):
         learn_scale: whether the owned scale is a parameter.
         max_scale: the learned scale's upper bound; None: no bound. While ``log_scale`` is above it the scale is
             ``max_scale``, and ``log_scale`` gets no gradient but one that lowers it.
+        reduction: "mean", "sum" or "none"; see :func:`modest_align_kernels.modest_align_loss`.
         symmetric: False keeps only the image-to-text direction.
         process_group: see :func:`modest_align_kernels.modest_align_loss`.
         backend: "auto", or a name of :func:`modest_align_kernels.available_backends`.
@@ -90,6 +91,7 @@ class ModestAlignLoss(nn.Module):
         logit_scale: Tensor | float | None = None,
         learn_scale: bool = False,
         max_scale: float | None = None,
+        reduction: str = "mean",
         symmetric: bool = True,
         process_group: ProcessGroup | None = None,
         backend: str = "auto",
@@ -103,6 +105,7 @@ class ModestAlignLoss(nn.Module):
         self.fixed_scale = logit_scale
         self.log_scale: nn.Parameter | None = None
         self.max_scale = None if max_scale is None else float(max_scale)
+        self.reduction = reduction
         self.symmetric = symmetric
         self.process_group = process_group
         self.backend = backend
@@ -112,8 +115,7 @@ class ModestAlignLoss(nn.Module):
             return
         if logit_scale is None:
             raise ValueError("learn_scale: got True without logit_scale, want the scale to start from, e.g. 14.3")
-        self._start, self.fixed_scale = float(logit_scale), None
-        check_number("logit_scale", self._start)
+        self._start, self.fixed_scale = _positive(logit_scale), None
         if self.max_scale is not None and self.max_scale < self._start:
             raise ValueError(f"max_scale: got {self.max_scale}, want at least logit_scale, {self._start}")
         # FSDP shards no parameter that is 0-dim.
@@ -139,9 +141,7 @@ class ModestAlignLoss(nn.Module):
         if self.log_scale is None:
             self.fixed_scale = value
         else:
-            start = 0.0 if value is None else float(value)
-            check_number("logit_scale", start)
-            nn.init.constant_(self.log_scale, math.log(start))
+            nn.init.constant_(self.log_scale, math.log(_positive(value)))
 
     def _bounded_exp(self, log_scale: Tensor) -> Tensor:
         if self.max_scale is None:
@@ -183,6 +183,7 @@ class ModestAlignLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of one batch.
 
@@ -194,9 +195,10 @@ class ModestAlignLoss(nn.Module):
                 zero and changes nothing.
             output_dict: return ``{"contrastive_loss": loss}``.
             group_ids: see :func:`modest_align_kernels.modest_align_loss`.
+            weights: likewise.
 
         Returns:
-            The mean loss, 0-dim float32, or the dictionary that holds it.
+            The loss, 0-dim float32 ([B] with ``reduction="none"``), or the dictionary that holds it.
 
         Raises:
             ValueError: no scale is passed and none is owned, or one is passed beside a learned one; otherwise as
@@ -222,6 +224,8 @@ class ModestAlignLoss(nn.Module):
             relative_noise=self.relative_noise,
             smoothing=self.smoothing,
             group_ids=group_ids,
+            weights=weights,
+            reduction=self.reduction,
             symmetric=self.symmetric,
             process_group=self.process_group,
             backend=self.backend,
@@ -240,9 +244,16 @@ class ModestAlignLoss(nn.Module):
             scale += " (learned)" if self.max_scale is None else f" (learned, at most {self.max_scale})"
         return (
             f"noise_std={_shown(self.noise_std)}, smoothing={_shown(self.smoothing)}, "
-            f"relative_noise={self.relative_noise}, logit_scale={scale}, symmetric={self.symmetric}, "
-            f"backend={self.backend!r}"
+            f"relative_noise={self.relative_noise}, logit_scale={scale}, "
+            f"reduction={self.reduction!r}, symmetric={self.symmetric}, backend={self.backend!r}"
         )
+
+
+def _positive(logit_scale: Tensor | float | None) -> float:
+    """The scale as a float, checked, that of a tensor too."""
+    value = float(check_number("logit_scale", logit_scale))  # type: ignore[arg-type]
+    check_number("logit_scale", value)
+    return value
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,8 +30,13 @@ IDS = torch.arange(4)
         ((X, X, -2), {}, ValueError, "logit_scale: got -2"),
         ((X, X, math.inf), {}, ValueError, "logit_scale: got inf"),
         ((X, X, math.nan), {}, ValueError, "logit_scale: got nan"),
-        ((X, X, None), {}, TypeError, "logit_scale: got NoneType, want a finite float > 0 or a 0-dim tensor"),
-        ((X, X, torch.ones(1)), {}, ValueError, r"logit_scale: got a torch.float32 tensor of shape \(1,\)"),
+        ((X, X, None), {}, TypeError, "logit_scale: got NoneType, want a finite float > 0 or a one-element tensor"),
+        ((X, X, True), {}, TypeError, "logit_scale: got bool, want a finite float > 0"),
+        ((X, X, np.bool_(True)), {}, TypeError, "logit_scale: got bool"),
+        ((X, X, 1j), {}, TypeError, "logit_scale: got complex"),
+        ((X, X, np.float32(0)), {}, ValueError, "logit_scale: got .*0.0.*, want a finite float > 0"),
+        ((X, X, torch.ones(2)), {}, ValueError, r"logit_scale: got a torch.float32 tensor of shape \(2,\)"),
+        ((X, X, torch.ones(0)), {}, ValueError, r"logit_scale: got a torch.float32 tensor of shape \(0,\)"),
         ((X, X, torch.tensor(3)), {}, ValueError, "logit_scale: got a torch.int64 tensor"),
         ((X, X, 1.0), {"smoothing": 1.5}, ValueError, r"smoothing: got 1.5, want a float in \[0, 1\]"),
         ((X, X, 1.0), {"smoothing": -0.1}, ValueError, "smoothing: got -0.1"),
@@ -38,6 +45,14 @@ IDS = torch.arange(4)
         ((X, X, 1.0), {"noise_std": -1.0}, ValueError, "noise_std: got -1.0, want a finite float >= 0"),
         ((X, X, 1.0), {"noise_std": math.inf}, ValueError, "noise_std: got inf"),
         ((X, X, 1.0), {"noise_std": None}, TypeError, "noise_std: got NoneType"),
+        ((X, X, 1.0), {"noise_std": False}, TypeError, "noise_std: got bool"),
+        ((X, X, 1.0), {"noise_std": torch.zeros(2)}, ValueError, "noise_std: got a torch.float32 tensor of shape"),
+        (
+            (X, X, 1.0),
+            {"noise_std": torch.zeros((), requires_grad=True)},
+            ValueError,
+            "noise_std: got a tensor that requires a gradient, want one that does not",
+        ),
         (
             (X, X, 1.0),
             {"group_ids": torch.zeros(3, dtype=torch.int64)},
@@ -69,6 +84,48 @@ def test_one_clear_sentence(args, kwargs, error, words) -> None:
     assert "\n" not in str(caught.value)
 
 
+NESTED = {
+    layout: torch.nested.nested_tensor([X[0], X[1, :3]], layout=layout) for layout in (torch.strided, torch.jagged)
+}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (X.to_sparse(), "got a tensor of layout torch.sparse_coo, want a dense one, such as its to_dense()"),
+        (X.to_sparse_csr(), "got a tensor of layout torch.sparse_csr, want a dense one"),
+        (X.to_mkldnn(), "got a tensor of layout torch._mkldnn, want a dense one"),
+        (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "got a quantised tensor, want a dense one"),
+        (NESTED[torch.strided], "got a nested tensor, want a dense one"),
+        (NESTED[torch.jagged], "got a nested tensor, want a dense one"),
+    ],
+    ids=["coo", "csr", "mkldnn", "quantised", "nested", "jagged"],
+)
+def test_tensors_that_are_not_dense(tensor, words) -> None:
+    for args, name in (((tensor, X, 1.0), "image_features"), ((X, tensor, 1.0), "text_features")):
+        with pytest.raises(TypeError, match=f"^{re.escape(f'{name}: {words}')}[^\n]*$"):
+            modest_align_loss(*args)
+    with pytest.raises(TypeError, match=f"^{re.escape(f'logit_scale: {words}')}[^\n]*$"):
+        modest_align_loss(X, X, tensor)
+
+
+def test_sparse_group_ids() -> None:
+    with pytest.raises(TypeError, match=r"group_ids\[1\]: got a tensor of layout torch\.sparse_coo"):
+        modest_align_loss(X, X, 1.0, group_ids=(IDS, IDS.to_sparse()))
+
+
+def test_distributed_tensors(one_rank) -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    shard = torch.distributed.tensor.distribute_tensor(X, mesh, [torch.distributed.tensor.Shard(0)])
+    words = re.escape("got a DTensor, want a dense one, such as its full_tensor() or to_local()")
+    for args, name in (((shard, X, 1.0), "image_features"), ((X, shard, 1.0), "text_features")):
+        with pytest.raises(TypeError, match=f"{name}: {words}"):
+            modest_align_loss(*args)
+    scale = torch.distributed.tensor.distribute_tensor(torch.ones(1), mesh)
+    with pytest.raises(TypeError, match=f"logit_scale: {words}"):
+        modest_align_loss(X, X, scale)
+
+
 def test_available_backends_give_reasons_that_an_explicit_choice_raises() -> None:
     backends = available_backends("cpu")
     assert {"eager", "native", "triton"} <= set(backends)
@@ -94,6 +151,18 @@ def test_module_without_a_scale() -> None:
         ModestAlignLoss(learn_scale=True)
     with pytest.raises(ValueError, match="logit_scale: got -1, want a finite float > 0"):
         ModestAlignLoss(logit_scale=-1)
+    with pytest.raises(ValueError, match=r"logit_scale: got -1\.0, want a finite float > 0"):
+        ModestAlignLoss(logit_scale=torch.tensor(-1.0), learn_scale=True)
+    with pytest.raises(ValueError, match=r"max_scale: got 10\.0, want at least logit_scale, 14\.3"):
+        ModestAlignLoss(logit_scale=14.3, learn_scale=True, max_scale=10.0)
+    with pytest.raises(ValueError, match=r"max_scale: got 0, want a finite float > 0"):
+        ModestAlignLoss(logit_scale=14.3, learn_scale=True, max_scale=0)
+    with pytest.raises(ValueError, match=r"max_scale: got 100\.0 without learn_scale=True, want None"):
+        ModestAlignLoss(logit_scale=14.3, max_scale=100.0)
+    loss_fn = ModestAlignLoss()
+    with pytest.raises(ValueError, match=r"smoothing: got 1\.5, want a float in \[0, 1\]"):
+        loss_fn.smoothing = 1.5
+    assert loss_fn.smoothing == 0.1
     with pytest.raises(ValueError, match="want one or the other"):
         ModestAlignLoss(logit_scale=10.0, learn_scale=True)(X, X, 10.0)
 

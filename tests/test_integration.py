@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from operator_checks import slow_but
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from modest_align_kernels import ModestAlignLoss, available_backends, modest_align_loss, ops, reference
-from modest_align_kernels.dispatch import operand_dtype
+from modest_align_kernels.backends import eager
+from modest_align_kernels.backends.contract import (
+    Logits,
+    PairLosses,
+    PerturbNormalize,
+    PerturbNormalizeBackward,
+    SmoothedGradient,
+    SmoothedLosses,
+    Softmaxes,
+)
+from modest_align_kernels.dispatch import operand_dtype, why_not
 from modest_align_kernels.testing import Case, make_features, value_and_grads
 
 CASE = Case("", 24, 24, 16)
@@ -56,24 +73,202 @@ def test_compiles_once_for_all_batch_sizes_and_seeds(groups: bool, backend: str)
     assert frames == frames[:1] * 3
 
 
-def test_compiles_with_one_tensor_on_both_sides() -> None:
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AUTOCAST = (None, torch.bfloat16, torch.float16)
+TRACED = [
+    case
+    for case in slow_but(
+        {
+            *(
+                (how, b, d, a)
+                for how in ("aot_eager", "strict export", "export")
+                for b in BACKENDS
+                for d in DTYPES
+                for a in AUTOCAST[:2]
+            ),
+            ("inductor", "native", torch.bfloat16, None),
+            ("inductor", "eager", torch.float32, torch.bfloat16),
+        },
+        ("aot_eager", "inductor", "strict export", "export"),
+        BACKENDS,
+        DTYPES,
+        AUTOCAST,
+    )
+    if why_not(case.values[1], torch.device("cpu"), case.values[2]) is None
+]
+
+
+@pytest.mark.parametrize(("how", "backend", "dtype", "autocast"), TRACED)
+def test_traces_in_every_dtype(how: str, backend: str, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
     torch._dynamo.reset()
-    x = make_features(CASE, torch.float32)[0].requires_grad_()
+    loss_fn = ModestAlignLoss(0.0, 0.1, logit_scale=10.0, learn_scale=True, max_scale=50.0, backend=backend)
+    x, y = (t.requires_grad_() for t in make_features(Case("", 6, 9, 8), dtype))
 
-    def loss(x):
-        return modest_align_loss(x, x, 10.0)
+    def run(function):
+        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+            loss = function(x, y)
+        return loss, torch.autograd.grad(loss, (x, y, loss_fn.log_scale)) if loss.requires_grad else None
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(*(torch.autograd.grad(function(x), x) for function in (compiled, loss)))
+    expected, grads = run(loss_fn)
+    if "export" in how:
+        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+            traced = torch.export.export(loss_fn, (x, y), strict=how == "strict export").module()
+        grads = None  # torch.export keeps no autograd.Function's backward
+    else:
+        traced = torch.compile(loss_fn, fullgraph=True, backend=how)
+    torch.testing.assert_close(run(traced), (expected, grads), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_compiles_with_inductor() -> None:
+def test_traces_one_tensor_as_both_features() -> None:
     torch._dynamo.reset()
-    model = Model(noise_std=0.0, smoothing=0.1)
-    x, y = make_features(CASE, torch.float32)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(grads_of(compiled, x, y), grads_of(model, x, y), rtol=1e-4, atol=1e-6)
+    x = torch.randn(6, 8, requires_grad=True)
+    expected = torch.autograd.grad(modest_align_loss(x, x, 10.0, smoothing=0.1), x)
+    compiled = torch.compile(modest_align_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, x, 10.0, smoothing=0.1), x), expected)
+
+
+SCHEDULES = {
+    "from 0": [k / 20 for k in range(12)],
+    "to 0": [k / 20 for k in range(11, -1, -1)] + [0.0, 0.3],
+    "integer first": [0, *(k / 20 for k in range(1, 12))],
+    "NumPy's": [np.float32(k / 20) for k in range(12)],
+    "tensors": [torch.tensor([k / 20]) for k in range(12)],
+}
+
+
+@pytest.mark.parametrize("setting", ["logit_scale", "smoothing", "noise_std"])
+@pytest.mark.parametrize(
+    ("where", "schedule"),
+    [
+        *((where, schedule) for where in ("call", "module") for schedule in SCHEDULES),
+        ("compiled step", "from 0"),
+        ("compiled step", "to 0"),
+    ],
+)
+def test_a_number_that_changes_compiles_twice(where: str, setting: str, schedule: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    x, y = (t.requires_grad_() for t in make_features(Case("", 6, 9, 8), torch.float32))
+    loss_fn = ModestAlignLoss(0.0, 0.0, logit_scale=10.0)
+
+    def call(value):
+        return modest_align_loss(x, y, **{"logit_scale": 10.0, setting: value})
+
+    def step(value):
+        setattr(loss_fn, setting, value)
+        return loss_fn(x, y)
+
+    compiled_fn = torch.compile(loss_fn, fullgraph=True, backend=counter)
+
+    def module(value):
+        setattr(loss_fn, setting, value)
+        return compiled_fn(x, y)
+
+    traced = module
+    if where != "module":
+        traced = torch.compile(call if where == "call" else step, fullgraph=True, backend=counter)
+    for value in SCHEDULES[schedule]:
+        value = 100 * value + 1 if setting == "logit_scale" else value
+        results = []
+        for function in (traced, call):
+            torch.manual_seed(0)
+            loss = function(value)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (x, y))))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's GPUs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)), function
+        return result
+
+
+@pytest.mark.parametrize("groups", ["none", "rows", "rows and columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_meta_tensors_have_shapes(backend: str, dtype: torch.dtype, groups: str) -> None:
+    for rows, columns, features in ((4, 6, 8), (0, 3, 8), (2, 2, 0)):
+        x = torch.empty(rows, features, dtype=dtype, device="meta", requires_grad=True)
+        y = torch.empty(columns, features, dtype=dtype, device="meta", requires_grad=True)
+        row_ids, col_ids = (torch.empty(n, dtype=torch.int64, device="meta") for n in (rows, columns))
+        ids = {"none": None, "rows": row_ids, "rows and columns": (row_ids, col_ids)}[groups]
+        with torch.device("meta"):
+            loss_fn = ModestAlignLoss(0.1, 0.1, logit_scale=14.3, learn_scale=True, max_scale=100.0, backend=backend)
+        with NoFloat64():
+            loss = loss_fn(x, y, group_ids=ids)
+            loss.backward()
+        assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
+        for leaf in (x, y, loss_fn.log_scale):
+            assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
+        assert "on meta (learned, at most 100.0)" in repr(loss_fn)
+
+
+def test_meta_tensors_under_autocast() -> None:
+    x = torch.empty(4, 8, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modest_align_loss(x, x, 10.0).shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_eager_kernels_make_no_float64_off_the_cpu(dtype: torch.dtype) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x_hat, y_hat = meta(4, 8, dtype=dtype), meta(6, 8, dtype=dtype)
+    row, col = meta(4), meta(5)
+    logits = Logits(x_hat, y_hat, meta(), *(meta(n, dtype=torch.int32) for n in (4, 6)), True)
+    noise = meta(dtype=torch.int64), meta(), 0, True
+    with NoFloat64():
+        eager.perturb_normalize(PerturbNormalize(meta(4, 8, dtype=dtype), *noise, y_hat[:4], x_hat, row, row))
+        eager.contrastive_stats(logits, row, col)
+        eager.contrastive_grads(logits, Softmaxes(row, col, row, col), meta(4, 8), meta(6, 8))
+        dx = meta(4, 8, dtype=dtype)
+        ids = logits.row_ids, logits.col_ids
+        smoothed = SmoothedGradient(meta(), *ids, row, row)
+        eager.perturb_normalize_backward(
+            PerturbNormalizeBackward(meta(4, 8), x_hat, row, y_hat, row, meta(), meta(), dx, row), smoothed
+        )
+        losses = PairLosses(row, row, row, meta(), row, row, row, row)
+        eager.pair_losses(losses, SmoothedLosses(meta(), x_hat, y_hat, *ids, row, row, row))
+
+
+IMPORT_AGAIN = """
+import importlib, sys
+import torch
+import modest_align_kernels as first
+x = torch.randn(4, 8, requires_grad=True)
+backends = [name for name, reason in first.available_backends("cpu").items() if reason is None]
+packages = []
+for again in ("imported", "reloaded"):
+    if again == "imported":
+        for name in [name for name in sys.modules if name.split(".")[0] == "modest_align_kernels"]:
+            del sys.modules[name]
+    else:
+        for name in [name for name in sys.modules if name.split(".")[0] == "modest_align_kernels"]:
+            if not name.endswith("._C"):
+                importlib.reload(sys.modules[name])
+    packages.append(importlib.import_module("modest_align_kernels"))
+assert packages[0] is not first
+losses = {}
+for package in (first, *packages):
+    for backend in backends:
+        loss = package.ModestAlignLoss(0.0, 0.1, logit_scale=10.0, backend=backend)(x, x)
+        loss.backward()
+        losses.setdefault(backend, set()).add(float(loss.detach()))
+    torch._dynamo.reset()
+    torch.compile(package.modest_align_loss, fullgraph=True, backend="aot_eager")(x, x, 10.0).backward()
+print(*sorted(losses), {len(each) for each in losses.values()})
+"""
+
+
+def test_the_library_may_be_imported_again() -> None:
+    result = subprocess.run([sys.executable, "-c", IMPORT_AGAIN], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == " ".join(sorted(BACKENDS)) + " {1}\n"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

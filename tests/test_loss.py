@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from modest_align_kernels import available_backends, modest_align_loss, reference
 from modest_align_kernels.backends import eager
+from modest_align_kernels.backends.contract import Logits
+from modest_align_kernels.dispatch import why_not
 from modest_align_kernels.testing import (
     CASES,
     Case,
@@ -127,6 +130,30 @@ def test_error_budget_over_ragged_blocks(small_blocks, dtype: torch.dtype) -> No
     assert_within_budget(loss_on("eager"), SMALL_BLOCKS, dtype)
 
 
+@pytest.fixture
+def device_without_float64(monkeypatch) -> None:
+    """The eager statistics as they are off the CPU: float32 sums, and no look at a value."""
+    monkeypatch.setattr(eager, "_sums_dtype", lambda operands, device: torch.float32)
+    monkeypatch.setattr(eager, "_shift", lambda scale_log2: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [SMALL_BLOCKS, *(c for c in CASES if c.columns <= 130)], ids=str)
+def test_error_budget_without_float64(device_without_float64, small_blocks, case: Case, dtype: torch.dtype) -> None:
+    assert_within_budget(loss_on("eager"), case, dtype)
+
+
+def test_float32_sums_stay_exact_over_a_thousand_blocks(device_without_float64, monkeypatch) -> None:
+    # each logarithm in float32 would round a statistic of 140 by 8e-6, and a thousand of them by 1e-4
+    monkeypatch.setattr(eager, "BLOCK_COLUMNS", 4)
+    x, y = (F.normalize(t, dim=1) for t in make_features(Case("", 24, 4096, 16), torch.float64))
+    lse = torch.empty(24), torch.empty(4096)
+    eager.contrastive_stats(Logits(x.float(), y.float(), torch.tensor(100.0), None, None, False), *lse)
+    logits = 100 * (x.float().double() @ y.float().double().T)
+    for ours, truth in zip(lse, (logits.logsumexp(1), logits.logsumexp(0)), strict=True):
+        assert (ours.double() - truth).abs().max() <= 3e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_identical_rows_have_no_gradient(backend: str, dtype: torch.dtype) -> None:
     case = Case("identical", 64, 64, 40, scale=100.0, geometry="identical")
@@ -181,6 +208,69 @@ def test_empty_batch_with_extra_negatives(backend: str) -> None:
     loss.backward()
     assert float(loss.detach()) == 0
     assert not y.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_extent_has_a_value_or_a_sentence(backend: str, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    runs = why_not(backend, torch.device("cpu"), dtype) is None
+    for rows, columns, features in itertools.product((0, 1, 3), (0, 1, 3, 5), (0, 1, 3)):
+        x, y = (torch.randn(n, features).to(dtype).requires_grad_() for n in (rows, columns))
+        scale, smoothing = (torch.tensor(v, requires_grad=True) for v in (3.0, 0.2))
+        given = {"smoothing": smoothing, "group_ids": torch.arange(rows) // 2}
+        if columns < rows or not runs:
+            with pytest.raises(ValueError if columns < rows else RuntimeError, match=r"^[^\n]+$"):
+                modest_align_loss(x, y, scale, backend=backend, **given)
+            continue
+        loss = modest_align_loss(x, y, scale, backend=backend, **given)
+        loss.backward()
+        truth = reference.modest_align_loss(x.detach().double(), y.detach().double(), 3.0, **given)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert abs(loss.double() - truth) <= tolerance, (rows, columns, features)
+        for leaf in (x, y, scale, smoothing):
+            assert leaf.grad.shape == leaf.shape
+            assert leaf.grad.isfinite().all()
+        if features == 0:
+            loss = modest_align_loss(x, y, 3.0, noise_std=0.1, relative_noise=True, backend=backend)
+            assert loss.isfinite()
+
+
+def test_no_features_make_every_logit_zero(backend: str) -> None:
+    x, y = torch.empty(4, 0, requires_grad=True), torch.empty(6, 0)
+    scale = torch.tensor(100.0, requires_grad=True)
+    loss = modest_align_loss(x, y, scale, noise_std=0.1, smoothing=0.3, backend=backend)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx((math.log(6) + math.log(4)) / 2)
+    assert float(scale.grad) == 0
+    assert x.grad.shape == (4, 0)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_one_element_is_a_number_whatever_its_shape(backend: str, rows: int, shape: tuple[int, ...]) -> None:
+    x, y = make_features(Case("", rows, 7, 8), torch.float32)
+    numbers = [torch.full(shape, v, requires_grad=True) for v in (12.0, 0.2)]
+    torch.manual_seed(0)
+    expected = modest_align_loss(x, y, 12.0, smoothing=0.2, noise_std=0.1, backend=backend)
+    torch.manual_seed(0)
+    std = torch.full(shape, 0.1)
+    loss = modest_align_loss(x, y, numbers[0], smoothing=numbers[1], noise_std=std, backend=backend)
+    loss.backward()
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert [n.grad.shape for n in numbers] == [shape] * 2
+    assert all(n.grad.any() for n in numbers) == (rows > 0)
+
+
+@pytest.mark.parametrize(
+    "number", [int, np.float64, np.float32, np.float16, np.int64, np.int8], ids=lambda t: t.__name__
+)
+def test_numbers_of_every_kind(number: type) -> None:
+    x, y = make_features(CASES[3], torch.float32)
+    torch.manual_seed(0)
+    expected = modest_align_loss(x, y, 8.0, smoothing=1.0, noise_std=1.0)
+    torch.manual_seed(0)
+    assert modest_align_loss(x, y, number(8), smoothing=number(1), noise_std=number(1)) == expected
 
 
 def test_zero_rows(backend: str) -> None:

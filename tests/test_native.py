@@ -181,6 +181,10 @@ def test_kernels_refuse_what_they_would_misread() -> None:
         stats(x_hat, y_hat.T.contiguous().T)
     with pytest.raises(ValueError, match=r"col_ids: got shape \(7,\), want \(8,\)"):
         stats(x_hat, y_hat, torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"columns: got 0, want at least 1"):
+        stats(x_hat, y_hat[:0])
+    with pytest.raises(ValueError, match=r"width: got 0, want at least 1"):
+        stats(x_hat[:, :0], y_hat[:, :0])
     for kept in (torch.empty(9, 96), torch.empty(7, 48), torch.empty(8, 47)):
         shape = rf"\({', '.join(map(str, kept.shape))}\)"
         with pytest.raises(ValueError, match=rf"exponentials: got shape {shape}, want \(8, (48|96)\)"):

@@ -194,9 +194,7 @@ def smoothed_cases(rows: int, columns: int):
 @pytest.mark.parametrize(("scale", "symmetric"), [(14.3, True), (1000.0, False)])
 @pytest.mark.parametrize(("rows", "columns"), SMOOTHED_SIZES)
 @pytest.mark.parametrize(("backend", "dtype"), OPERANDS)
-def test_pair_losses(
-    backend: str, dtype: torch.dtype, rows: int, columns: int, scale: float, symmetric: bool
-) -> None:
+def test_pair_losses(backend: str, dtype: torch.dtype, rows: int, columns: int, scale: float, symmetric: bool) -> None:
     hats = make_operands(rows, columns, backend, dtype)
     for case in smoothed_cases(rows, columns):
         assert_pairs_like_eager(*hats, *case, rows if symmetric else 0, backend, scale)

@@ -82,16 +82,16 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
         smoothing, ids, pair_ids, negative_weight, pair_negative_weight = smoothed
         own = _negated_sums(pair_hat, None, pair_ids, pairs)
         other = _negated_sums(pair_hat, pair_negative_weight, pair_ids, pairs)
-    for first, last in ((0, pairs), (pairs, rows)):
+    for first, last, paired in ((0, pairs, True), (pairs, rows, False)):
         for block in blocks(last - first, NORMALIZE_ROWS):
             i = slice(first + block.start, first + block.stop)
             g = grad[i].clone()
-            if first == 0:
+            if paired:
                 g.addcmul_(pair_weight[i, None], pair_hat[i].to(g.dtype))
             if smoothed is not None:
                 of_rows = slice(0, 1) if ids is None else ids[i]
                 terms = other[of_rows]
-                if first == 0:
+                if paired:
                     terms = torch.addcmul(terms, negative_weight[i, None], own[of_rows])
                 g.addcmul_(smoothing, terms)
             x_block = x_hat[i].to(g.dtype)

@@ -99,9 +99,7 @@ class Aligner(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Factor on the cosines, 0-dim, without gradient."""
-        if self.loss.log_scale is not None:
-            return self.loss.log_scale.detach().exp()
-        return torch.tensor(self.loss.logit_scale)
+        return torch.as_tensor(self.loss.logit_scale)
 
     @torch.no_grad()
     def _embed(self, name: str, adapter: Adapter, latents: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ def _negatives(
     count = others - apart
     if table is not None:
         its_id = tl.load(ids + row, mask=inside, other=0).to(tl.int64)
-        of_id = tl.load(bounds + numbers + its_id, mask=inside, other=0) - tl.load(bounds + its_id, mask=inside, other=0)
+        of_id = tl.load(bounds + numbers + its_id, mask=inside, other=0) - tl.load(
+            bounds + its_id, mask=inside, other=0
+        )
         count -= of_id
         of_table = table + ((its_id * width)[:, None] + feature[None, :])
         own = own + tl.load(of_table, mask=(of_id > 0)[:, None] & has_feature[None, :], other=0.0)
