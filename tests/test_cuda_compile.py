@@ -50,6 +50,8 @@ def readable(mangled: str) -> str:
     if rowwise := re.search(r"_kernelI(\w+?)Li(\d+)ELi(\d+)E", mangled):
         dtype = {"f": "float", "6__half": "half"}.get(rowwise[1], "bfloat16")
         return f"{name}<{dtype}, {rowwise[2]}, {rowwise[3]}>"
+    if smoothed := re.search(r"pair_losses_kernelILb(\d)E", mangled):
+        return f"{name}<{'true' if smoothed[1] == '1' else 'false'}>"
     return name
 
 
@@ -91,6 +93,8 @@ def test_rowwise_kernels_move_16_bytes_at_a_time() -> None:
     for key, usage in rowwise.items():
         assert usage["LDG.128"] > 0, key
         assert usage["STG.128"] > 0, key
+    for kernel in ("group_sums_kernel", "fold_sums_kernel", "pair_losses_kernel<true>"):
+        assert kernels()["sm_90a", kernel]["LDG.128"] > 0, kernel
 
 
 if __name__ == "__main__":

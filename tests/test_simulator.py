@@ -17,7 +17,16 @@ import torch
 
 from modest_align_kernels import dispatch, modest_align_loss, noise, ops
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
-from tests.operator_checks import assert_like_eager, assert_rows_like_eager, operands, slow_but
+from tests.operator_checks import (
+    GROUP_PATTERNS,
+    assert_like_eager,
+    assert_pairs_like_eager,
+    assert_rows_like_eager,
+    assert_sides_like_eager,
+    numbered_groups,
+    operands,
+    slow_but,
+)
 from tests.ptx_simulator import runtime
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Fault, Memory
@@ -31,8 +40,15 @@ def why_not() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-# How many results each operator writes, its last arguments.
-RESULTS = {"perturb_normalize": 3, "perturb_normalize_backward": 2, "contrastive_stats": 2, "contrastive_grads": 2}
+# What each operator writes of its contract's structs; the other two write their other arguments.
+RESULTS = {
+    "perturb_normalize": ("x_hat", "inv_norm", "pair_dot"),
+    "perturb_normalize_backward": ("dx", "row_dot"),
+    "pair_losses": (
+        *("losses", "row_weight", "col_weight", "pair_weight"),
+        *("slope", "row_negative_weight", "col_negative_weight"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +67,8 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
             return getattr(eager, name)
 
         def run(*arguments) -> None:
-            flat = [a for argument in arguments for a in (argument if isinstance(argument, tuple) else (argument,))]
-            with simulator.allocations(*flat[: -RESULTS[name]]):
+            fields = [f for a in arguments if isinstance(a, tuple) for f in a._asdict().items()]
+            with simulator.allocations(*(value for key, value in fields if key not in RESULTS.get(name, ()))):
                 getattr(cuda, name)(*arguments)
 
         return run
@@ -133,7 +149,9 @@ def test_several_waves(device, monkeypatch: pytest.MonkeyPatch, scale: float, co
     # So little memory that rows come 256 at a time, and gradients in blocks of 256 x 256.
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
     x_hat, y_hat, scale = operands(600, 700, 128, scale)
-    size = cuda._C.cuda_contrastive_stats_workspace(rows=600, columns=700, col_count=col_count, workspace_bytes=1)
+    names = re.search(r"\*, (.*)\)", cuda._C.cuda_contrastive_stats_workspace.__doc__)[1].split(", ")
+    extents = {"rows": 600, "columns": 700, "col_count": col_count, "workspace_bytes": 1, "exclude_diagonal": True}
+    size = cuda._C.cuda_contrastive_stats_workspace(**dict.fromkeys(names, 0) | extents)
     assert size == 4 * (6 * 256 + 4 * col_count)
     ids = (torch.randint(100, (n,), dtype=torch.int32) for n in (600, 700))
     assert_like_eager(x_hat, y_hat, scale, *ids, col_count, "native")
@@ -200,6 +218,36 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
 def test_rows_of_any_width(device, dtype: torch.dtype, features: int) -> None:
     device.order = Order(warps=8)
     assert_rows_like_eager(dtype, features, "native")
+
+
+def pairs_and_sums(shape: tuple[int, int, int], groups: str, smoothing: float | None = 0.3) -> None:
+    hats, ids = operands(*shape, 14.3)[:2], numbered_groups(groups, *shape[:2])
+    for col_count in (shape[0], 0):
+        assert_pairs_like_eager(*hats, *ids, smoothing, col_count, "native")
+    assert_sides_like_eager(*hats, *ids, smoothing, shape[2], torch.float16, "native")
+
+
+# Around the 64 rows that a warp sums, its 256 features, and the 128 of a block that adds up what warps leave.
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    slow_but(
+        {((70, 200, 320), "large groups"), ((40, 65, 64), "groups")},
+        ((1, 1, 64), (40, 65, 64), (64, 128, 256), (70, 200, 320), (30, 700, 1088)),
+        GROUP_PATTERNS,
+    ),
+)
+def test_pairs_and_sums(device, shape: tuple[int, int, int], groups: str) -> None:
+    device.order = Order(warps=8)
+    pairs_and_sums(shape, groups)
+
+
+@pytest.mark.parametrize(("smoothing", "launches"), [(None, 1), (0.3, 3)])
+def test_launches(device, smoothing: float | None, launches: int) -> None:
+    pairs_and_sums((9, 11, 64), "groups", smoothing)
+    # Losses in both directions and in one, the backward of both sides.
+    assert len(device.launches) == 4 * launches
+    for kernel in ("pair_losses_kernel", "perturb_normalize_backward_kernel"):
+        assert sum(kernel in name for name, *_ in device.launches) == 2
 
 
 @pytest.mark.parametrize("features", [40, 1100])
@@ -347,6 +395,20 @@ PLANTED: dict[str, tuple[str, str, str, int, Callable[[], None]]] = {
         r"setp.ne.s32 \1, 0, 0;",
         0,
         partial(normalized, 1032),
+    ),
+    "pieces of a run are added up before all warps have theirs": (
+        "fold_sums_kernel",
+        r"bar\.sync\s+0;",
+        "",
+        0,
+        partial(pairs_and_sums, (30, 700, 64), "large groups"),
+    ),
+    "the row of another lane": (
+        "group_sums_kernel",
+        r"(shfl\.sync\.idx\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,",
+        r"\1, 0,",
+        1,
+        partial(pairs_and_sums, (30, 70, 64), "groups"),
     ),
     "another random number": (LONG_ROWS, r"3528531795", "3528531797", 0, partial(normalized, 1032)),
 }

@@ -28,7 +28,7 @@ from tests.ptx_simulator.parser import entry_names, parse
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-SOURCES = ("contrastive_stats", "contrastive_grads", "perturb_normalize")
+SOURCES = ("contrastive_stats", "contrastive_grads", "group_sums", "pair_losses", "perturb_normalize")
 LAUNCH_FAILED = 719  # cudaErrorLaunchFailure
 FOLDER = ROOT / "build" / "ptx_simulator"
 # setup.py's for the GPU's side; the host's need not be fast.

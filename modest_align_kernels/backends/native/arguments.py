@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels.backends import round_up
+from modest_align_kernels.backends.contract import SmoothedGradient, SmoothedLosses
 
 # The codes of Dtype in csrc/kernels.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _OPERANDS = {"x_hat", "y_hat", "pair_hat", "exponentials"}
 # Of all others float32.
-_DTYPES = {"seed": torch.int64, **dict.fromkeys(("ids", "pair_ids", "row_ids", "col_ids"), torch.int32)}
+_DTYPES = {
+    **dict.fromkeys(("seed", "pair_order", "row_order", "col_order"), torch.int64),
+    **dict.fromkeys(("ids", "pair_ids", "row_ids", "col_ids"), torch.int32),
+}
 # Of each tensor the extents, in the words of csrc/kernels.h.
 _SHAPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("seed", "noise_std", "factor", "scale", "smoothing"), ()),
@@ -28,11 +32,16 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("losses", "slope", "row_negative_weight", "col_negative_weight"), ("rows",)),
     **dict.fromkeys(("col_lse", "col_weight"), ("col_count",)),
     **dict.fromkeys(("pair_dot", "pair_weight", "negative_weight", "pair_negative_weight"), ("pairs",)),
-    "col_ids": ("columns",),
-    "pair_ids": ("pair_rows",),
+    "row_order": ("rows",),
+    **dict.fromkeys(("col_ids", "col_order"), ("columns",)),
+    **dict.fromkeys(("pair_ids", "pair_order"), ("pair_rows",)),
     "pair_hat": ("pair_rows", "width"),
     "exponentials": ("last_rows", "last_stride"),
 }
+
+# What the smoothing adds where there is none.
+UNSMOOTHED_GRADIENT = SmoothedGradient(*(None,) * len(SmoothedGradient._fields))  # type: ignore[arg-type]
+UNSMOOTHED_LOSSES = SmoothedLosses(*(None,) * len(SmoothedLosses._fields))  # type: ignore[arg-type]
 
 
 def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: dict[str, Any]) -> dict[str, Any]:
