@@ -49,6 +49,13 @@ def variable(name: str, default: str, pattern: str, want: str) -> str:
     return value
 
 
+def experiment() -> list[str]:
+    """The define that switches an experiment of benchmarks/NOTES.md on in the CUDA part, if any."""
+    want = "pingpong64, pingpong128, stagger or nothing"
+    name = variable("MODEST_ALIGN_EXPERIMENT", "", "(pingpong64|pingpong128|stagger)?", want)
+    return [f"-DMODEST_ALIGN_EXPERIMENT={name}"] if name else []
+
+
 def cxx() -> list[str]:
     """The C++ compiler's command, from CXX or the PATH; empty if there is none."""
     command = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
@@ -119,9 +126,9 @@ def ninja_file(out: Path) -> str:
             sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
         print(f"The CUDA kernels are left out: {reason}.", file=sys.stderr)
     elif compiler:
-        binding.append("-DMODEST_ALIGN_CUDA")
+        binding += ["-DMODEST_ALIGN_CUDA", *experiment()]
         host = [f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []
-        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", "-DMODEST_ALIGN_CUDA"]
+        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", "-DMODEST_ALIGN_CUDA", *experiment()]
         rules.append(f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             edge("nvcc", f"cuda/{source.stem}.o", [source], common)
@@ -157,6 +164,7 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     native = variable("MODEST_ALIGN_NATIVE", "auto", "auto|0|1", "0 or 1")
+    experiment()
     reason = "MODEST_ALIGN_NATIVE is 0" if native == "0" else why_no_native()
     if reason and native == "1":
         sys.exit(f"MODEST_ALIGN_NATIVE=1, but the native kernels cannot be built: {reason}")

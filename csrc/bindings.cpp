@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "experiment.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -127,6 +128,7 @@ PYBIND11_MODULE(_C, m) {
   const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
   const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y), FIELD(workspace)};
 
+  m.attr("experiment") = kExperiment;
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
   m.def("set_cpu_level", [](const char* level) { return set_cpu_level(level); });

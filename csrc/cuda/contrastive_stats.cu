@@ -209,7 +209,7 @@ std::int64_t partial_bytes(std::int64_t rows, std::int64_t columns, std::int64_t
 
 // Rows of all waves but the last, the same for all up to whole tiles, so that their partials fit the workspace.
 std::int64_t wave_rows(const ContrastiveStats& a) {
-  constexpr std::int64_t kMultiple = 2 * kTileRows;
+  constexpr std::int64_t kMultiple = kClusterRows * kTileRows;
   const std::int64_t bytes = partial_bytes(kMultiple, a.columns, a.col_count, tile_columns(a.rows, a.columns));
   return smaller(a.rows, even_part(a.rows, a.workspace_bytes / bytes * kMultiple, kMultiple));
 }
@@ -247,7 +247,7 @@ int contrastive_stats(const ContrastiveStats& a) {
       const typename Tile::Params params{pairs, a.scale, row_partial, col_partial, static_cast<int>(a.col_count)};
       return launch_matmul<Tile>(x_wave, a.y_hat, here, columns, width, params, stream);
     };
-    status = tile == 256 ? run(StatsTile<256>()) : run(StatsTile<128>());
+    status = tile == kTileColumns ? run(StatsTile<kTileColumns>()) : run(StatsTile<kTileColumns / 2>());
     if (status == cudaSuccess) {
       status = merge(row_partial, a.row_lse + first, true, ceil_div(columns, tile), here, stream);
     }
