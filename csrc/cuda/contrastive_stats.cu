@@ -147,23 +147,30 @@ struct StatsTile {
       row_sum[h] += shuffle_xor(row_sum[h], 2);
       row_log2[h] = log2f(row_sum[h]) + row_max[h];
     }
+    // Lanes exchange the columns' maxima through shared memory, eight at a time through registers: for more there are
+    // none.
+    float* const own = columns + 2 * (lane % 4);
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += 4) {
-      float largest[8], sum[8];
+      float largest[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest[i] = fmaxf(dots(dot_at(first, i, 0)), dots(dot_at(first, i, 1)));
+      scatter_combine(largest, lane, Larger());
+      own[column_at(first, kept_value(lane))] = fmaxf(largest[0] * logit.k, -1e30f);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int first = 0; first < kColumns / 8; first += 4) {
+      float sum[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float upper = dots(dot_at(first, i, 0)), lower = dots(dot_at(first, i, 1));
-        largest[i] = fmaxf(upper, lower);
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-        largest[i] = fmaxf(largest[i] * logit.k, -1e30f);
-        sum[i] = exp2_approx(fmaf(upper, logit.k, -largest[i])) + exp2_approx(fmaf(lower, logit.k, -largest[i]));
+        const float largest = own[column_at(first, i)];
+        sum[i] = exp2_approx(fmaf(dots(dot_at(first, i, 0)), logit.k, -largest)) +
+                 exp2_approx(fmaf(dots(dot_at(first, i, 1)), logit.k, -largest));
       }
+      __syncwarp();  // all have read what is overwritten here
       scatter_combine(sum, lane, Sum());
-      scatter_combine(largest, lane, Larger());
-      const int kept = kept_value(lane);
-      columns[2 * (lane % 4) + column_at(first, kept)] = log2f(sum[0]) + largest[0];
-      __syncwarp();  // keeps the compiler from working on all columns at once, for which there are no registers
+      own[column_at(first, kept_value(lane))] += log2f(sum[0]);
     }
   }
 };
