@@ -21,7 +21,7 @@ from tests.operator_checks import assert_like_eager, assert_rows_like_eager, ope
 from tests.ptx_simulator import runtime
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Fault, Memory
-from tests.ptx_simulator.parser import parse
+from tests.ptx_simulator.parser import entry_names, parse
 
 
 def why_not() -> str | None:
@@ -355,7 +355,8 @@ QUICK = {"the last products are not waited for", "a row is summed before all war
 @pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
 def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     kernel, pattern, replacement, place, run = PLANTED[bug]
-    name, text = next((n, t) for t in device.modules.values() for n in runtime.entry_names(t) if kernel in n)
+    text = device.ptx
+    name = next(name for name in entry_names(text) if kernel in name)
     start = text.index(f".entry {name}(")
     found = list(re.finditer(pattern, text[start:]))[place]
     planted = text[: start + found.start()] + found.expand(replacement) + text[start + found.end() :]

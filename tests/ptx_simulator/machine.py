@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ class Launch:
     parameters: bytes
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)  # blocks
     shared_bytes: int = 0  # beyond the static variables
-    cluster: int = 1  # blocks along x
 
 
 @dataclass
@@ -104,9 +105,11 @@ class Unit:
             **{f"%ctaid.{axis}": lambda n=n: n for axis, n in zip("xyz", block.number, strict=True)},
             **{f"%nctaid.{axis}": lambda n=n: n for axis, n in zip("xyz", (gx, gy, gz), strict=True)},
             "%cluster_ctarank": lambda: block.rank,
-            "%cluster_ctaid.x": lambda: block.rank,
-            "%cluster_ctaid.y": lambda: 0,
-            "%cluster_ctaid.z": lambda: 0,
+            **{
+                f"%cluster_ctaid.{axis}": lambda n=n, c=c: n % c
+                for axis, n, c in zip("xyz", block.number, launch.cluster, strict=True)
+            },
+            "%clock64": lambda: block.cluster.run.executed,  # as good as any other that only grows
         }[name]()
 
     def memory(self, space: str) -> Memory:
@@ -132,12 +135,11 @@ class Unit:
 class Cluster:
     """Thread blocks that run at the same time and see each other's shared memory."""
 
-    def __init__(self, run: Run, first: int) -> None:
+    def __init__(self, run: Run, first: tuple[int, int, int]) -> None:
         self.run = run
-        launch = run.launch
-        gx, gy, _ = launch.grid
-        numbers = [(i % gx, i // gx % gy, i // (gx * gy)) for i in range(first, first + launch.cluster)]
-        self.blocks = [Block(self, rank, number, launch) for rank, number in enumerate(numbers)]
+        x, y, z = (range(n, n + size) for n, size in zip(first, run.launch.cluster, strict=True))
+        numbers = [(i, j, k) for k in z for j in y for i in x]
+        self.blocks = [Block(self, rank, number, run.launch) for rank, number in enumerate(numbers)]
         self.arrived = 0  # threads at barrier.cluster
         self.copies: list[tensor_memory.Copy] = []  # bulk copies in flight
         self.units = [unit for block in self.blocks for unit in self._units(block)]
@@ -314,10 +316,11 @@ class Run:
 
     def execute(self) -> int:
         """Run all blocks, a cluster after the other; returns the number of instructions."""
-        blocks = int(np.prod(self.launch.grid))
-        if self.launch.grid[0] % self.launch.cluster:
-            raise Fault(f"a grid of {self.launch.grid} blocks is not whole clusters of {self.launch.cluster}")
+        grid, cluster = self.launch.grid, self.launch.cluster
+        if any(n % size for n, size in zip(grid, cluster, strict=True)):
+            raise Fault(f"a grid of {grid} blocks is not whole clusters of {cluster}")
+        x, y, z = (range(0, n, size) for n, size in zip(grid, cluster, strict=True))
         with np.errstate(all="ignore"):
-            for first in range(0, blocks, self.launch.cluster):
-                Cluster(self, first).execute()
+            for k, j, i in product(z, y, x):
+                Cluster(self, (i, j, k)).execute()
         return self.executed
