@@ -149,12 +149,7 @@ class Cluster:
         units = []
         for first in range(0, block.threads, lanes):
             thread = np.arange(first, min(first + lanes, block.threads))
-            # Registers that nobody has written are NaN, or false.
-            unwritten = {
-                d: np.full(len(thread), False if d.kind == "b" else np.iinfo(d).max, d)
-                for d in set(block.launch.kernel.registers)
-            }
-            units.append(Unit(block, thread, [unwritten[d] for d in block.launch.kernel.registers], [Path(0, None)]))
+            units.append(Unit(block, thread, list(self.run.unwritten(len(thread))), [Path(0, None)]))
         return units
 
     def block_at(self, address: int) -> Block:
@@ -309,10 +304,19 @@ class Run:
         self.instruction, self.launch, self.memory, self.order = program.instruction, launch, memory, order
         self.rng = random.Random(order.seed)
         self.executed = 0
+        self._unwritten: dict[int, list[Array]] = {}
         self.parameters = Memory()
         # Loads may be as wide as their alignment says, past the last parameter.
         storage = np.frombuffer(launch.parameters.ljust(-(-len(launch.parameters) // 16) * 16, b"\0"), np.uint8)
         self.parameters.add(Allocation("the parameters", 0, len(launch.parameters), storage, writable=False))
+
+    def unwritten(self, lanes: int) -> list[Array]:
+        """Registers that nobody has written: NaN, or false."""
+        if lanes not in self._unwritten:
+            kinds = self.launch.kernel.registers
+            values = {d: np.full(lanes, False if d.kind == "b" else np.iinfo(d).max, d) for d in set(kinds)}
+            self._unwritten[lanes] = [values[d] for d in kinds]
+        return self._unwritten[lanes]
 
     def execute(self) -> int:
         """Run all blocks, a cluster after the other; returns the number of instructions."""
