@@ -40,8 +40,7 @@ def simulator() -> runtime.Device:
     return runtime.Device()
 
 
-@pytest.fixture
-def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+def behind_native(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
     """The native backend as it is on a GPU, on CPU tensors."""
     from modest_align_kernels.backends import eager
     from modest_align_kernels.backends.native import cuda
@@ -66,6 +65,11 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
     simulator.set_processors(132)
     simulator.launches.clear()
     return simulator
+
+
+@pytest.fixture
+def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(simulator, monkeypatch)
 
 
 def native_loss(*args, **kwargs):
@@ -185,6 +189,83 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
     x, y = make_features(Case("", 20, 30, 40), torch.float16)
     x[3, 5] = torch.nan
     assert native_loss(x, y, scale).isnan()
+
+
+@pytest.fixture(scope="module", params=["pingpong64", "pingpong128", "stagger"])
+def experimental(request: pytest.FixtureRequest) -> runtime.Device:
+    """A build of csrc/experiment.h."""
+    simulator = runtime.Device(request.param)
+    assert simulator.extension.experiment == request.param
+    return simulator
+
+
+@pytest.fixture
+def experiment(experimental: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(experimental, monkeypatch)
+
+
+def tiles_launched(device: runtime.Device) -> set[tuple[int, int]]:
+    """The columns of the tiles and the blocks of the grids of matmuls so far."""
+    return {(int(name.split("TileILi")[1].split("E")[0]), blocks) for name, blocks, _ in device.launches if "Ti" in name}
+
+
+# How many blocks a cluster has, and the columns of narrow and wide tiles.
+EXPERIMENTS = {"pingpong64": (4, 128, 256), "pingpong128": (4, 64, 128), "stagger": (2, 128, 256)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [0, 40])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experiments_around_warps_and_tiles(experiment, shape: tuple[int, int], groups: int) -> None:
+    rows, columns = shape
+    ids = [torch.randint(groups, (n,), dtype=torch.int32) for n in shape] if groups else [None, None]
+    for col_count, diagonal in ((rows, True), (columns, False), (0 if rows == 65 else 3 * columns // 4, True)):
+        assert_like_eager(*operands(*shape, 64, 20.0), *ids, col_count, "native", diagonal)
+
+
+# A block's warp groups take turns at tiles, and more than one each.
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("features", [64, 1280])
+def test_experiments_with_several_tiles_a_block(experiment, features: int, late: float) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    experiment.order = Order(int(10 * late), warps=1, late=late)
+    assert_like_eager(*operands(300, 700 if features == 64 else 300, features, 20.0), None, None, 300, "native")
+    assert tiles_launched(experiment) == {(narrow, blocks)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", ["antipodal", "pairs", "random"])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_experiments_where_exponentials_vanish(experiment, scale: float, geometry: str) -> None:
+    assert_like_eager(*operands(290, 300, 64, scale, geometry), None, None, 290, "native")
+
+
+@pytest.mark.slow
+def test_experiments_in_waves(experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modest_align_kernels.backends.native import cuda
+
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
+    assert_like_eager(*operands(600, 700, 128, 1000.0), None, None, 700, "native")
+
+
+@pytest.mark.slow
+def test_experiments_with_wide_tiles(experiment) -> None:
+    blocks, _, wide = EXPERIMENTS[experiment.extension.experiment]
+    rows, columns = {"pingpong64": (1153, 3588), "pingpong128": (1409, 3080), "stagger": (1409, 3080)}[
+        experiment.extension.experiment
+    ]
+    ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (rows, columns))
+    assert_like_eager(*operands(rows, columns, 64, 20.0), *ids, 1000, "native")
+    assert {width for width, _ in tiles_launched(experiment)} == {wide}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experiments_keep_the_error_budget(experiment, case: Case) -> None:
+    with poisoned_memory():
+        assert_within_budget(native_loss, case, torch.float16, seeds=1)
 
 
 # Widths up to 1,024 are a warp's, others a block's; the odd ones are not aligned to 16 bytes.

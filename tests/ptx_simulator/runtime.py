@@ -148,7 +148,8 @@ class Device:
         before = sys.getdlopenflags()
         sys.setdlopenflags(os.RTLD_LAZY)  # the CPU kernels, which bindings.cpp names too, are not linked in
         try:
-            spec = importlib.util.spec_from_file_location("_C", library)
+            # pybind11 gives the module that it has of a name.
+            spec = importlib.util.spec_from_file_location(f"{library.stem}._C", library)
             self.extension: ModuleType = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             spec.loader.exec_module(self.extension)  # type: ignore[union-attr]
         finally:
