@@ -433,9 +433,15 @@ PLANTED: dict[str, tuple[str, str, str, int, Callable[[], None]]] = {
 QUICK = {"the last products are not waited for", "a row is summed before all warps have added to it"}
 
 
-@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
-def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    kernel, pattern, replacement, place, run = PLANTED[bug]
+def assert_caught(
+    device: runtime.Device,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    pattern: str,
+    replacement: str,
+    place: int,
+    run: Callable[[], None],
+) -> None:
     text = device.ptx
     name = next(name for name in entry_names(text) if kernel in name)
     start = text.index(f".entry {name}(")
@@ -456,6 +462,28 @@ def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: s
             break
     assert caught
     assert "CUDA error" not in caught[0] or ", Fault: " in caught[0]  # not a limit of the simulator
+
+
+@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
+def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    assert_caught(device, monkeypatch, *PLANTED[bug])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experimental", ["pingpong64", "pingpong128"], indirect=True)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];",  # the tensor cores are not handed on
+        r"wgmma\.wait_group\.sync\.aligned 0;",  # the last products are not waited for
+    ],
+    ids=["turn", "products"],
+)
+def test_planted_bugs_in_pingpong_are_caught(experiment, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    run = partial(products, 300, 300, 192, 20.0)
+    assert_caught(experiment, monkeypatch, f"StatsTileILi{narrow}", bug, "", 0, run)
 
 
 PROBE = """
