@@ -49,11 +49,12 @@ def variable(name: str, default: str, pattern: str, want: str) -> str:
     return value
 
 
-def experiment() -> list[str]:
-    """The define that switches an experiment of benchmarks/NOTES.md on in the CUDA part, if any."""
-    want = "pingpong64, pingpong128, stagger or nothing"
-    name = variable("MODEST_ALIGN_EXPERIMENT", "", "(pingpong64|pingpong128|stagger)?", want)
-    return [f"-DMODEST_ALIGN_EXPERIMENT={name}"] if name else []
+def experiment() -> str:
+    """What is switched on in the CUDA part, see benchmarks/NOTES.md; Triton's experiments are nothing to a build."""
+    names = "pingpong64|pingpong128|stagger"
+    want = f"{names.replace('|', ', ')}, triton-persistent or nothing"
+    name = variable("MODEST_ALIGN_EXPERIMENT", "", f"({names}|triton-persistent)?", want)
+    return "" if name.startswith("triton") else name
 
 
 def cxx() -> list[str]:
@@ -126,9 +127,10 @@ def ninja_file(out: Path) -> str:
             sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
         print(f"The CUDA kernels are left out: {reason}.", file=sys.stderr)
     elif compiler:
-        binding += ["-DMODEST_ALIGN_CUDA", *experiment()]
+        switches = ["-DMODEST_ALIGN_CUDA", *([f"-DMODEST_ALIGN_EXPERIMENT={experiment()}"] if experiment() else [])]
+        binding += switches
         host = [f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []
-        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", "-DMODEST_ALIGN_CUDA", *experiment()]
+        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", *switches]
         rules.append(f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             edge("nvcc", f"cuda/{source.stem}.o", [source], common)
@@ -147,11 +149,14 @@ def ninja_file(out: Path) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Runs ninja in ``build/native``, wherever setuptools would build: what did not change is not compiled again."""
+    """Runs ninja in ``build/native``, wherever setuptools would build: what did not change is not compiled again.
+
+    An experiment has a folder of its own.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Build and copy to where setuptools wants it."""
-        out = ROOT / "build" / "native"
+        out = ROOT / "build" / "-".join(filter(None, ("native", experiment())))
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(ninja_file(out))
         jobs = variable("MAX_JOBS", str(os.cpu_count() or 1), "[1-9][0-9]*", "a positive integer")

@@ -81,7 +81,7 @@ def tree(tmp_path: Path) -> Path:
         (
             "MODEST_ALIGN_EXPERIMENT",
             "pingpong",
-            "MODEST_ALIGN_EXPERIMENT: got 'pingpong', want pingpong64, pingpong128, stagger or nothing",
+            "MODEST_ALIGN_EXPERIMENT: got 'pingpong', want pingpong64, pingpong128, stagger, triton-persistent or nothing",
         ),
     ],
 )
@@ -139,6 +139,8 @@ def test_flags_of_the_cuda_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     text = setup.ninja_file(tmp_path)
     for target in ("cuda/contrastive_stats.o", "bindings.o"):
         assert "-DMODEST_ALIGN_EXPERIMENT=stagger" in flags_of(text, target)
+    monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "triton-persistent")
+    assert "EXPERIMENT" not in setup.ninja_file(tmp_path)
 
 
 @needs_compiler
