@@ -56,6 +56,7 @@ def build(folder: Path, experiment: str) -> bool:
 
 def main(folder: Path, experiments: list[str]) -> int:
     """Place the kept extension, built if it must be, and keep the experiments; print what then runs on a GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("_C-*"):
         if digest()[:12] not in old.name:
             old.unlink()

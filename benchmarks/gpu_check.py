@@ -28,8 +28,8 @@ from benchmarks.results import write
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 480
 BACKENDS = ("native", "triton")
-# Values of MODEST_ALIGN_EXPERIMENT, and the backend whose kernels each changes: a new one is a word here. Those of native
-# are builds of their own.
+# Values of MODEST_ALIGN_EXPERIMENT, and the backend whose kernels each changes: a new one is a word here. Native's are
+# builds of their own.
 EXPERIMENTS = {"native": ("pingpong64", "pingpong128", "stagger"), "triton": ("triton-persistent",)}
 WORKSPACES_MIB = ("128", "512")  # beside 256, which is the default
 # Parts of our kernels' names: PyTorch's own are not instrumented.

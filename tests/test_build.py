@@ -81,7 +81,8 @@ def tree(tmp_path: Path) -> Path:
         (
             "MODEST_ALIGN_EXPERIMENT",
             "pingpong",
-            "MODEST_ALIGN_EXPERIMENT: got 'pingpong', want pingpong64, pingpong128, stagger, triton-persistent or nothing",
+            "MODEST_ALIGN_EXPERIMENT: got 'pingpong', "
+            "want pingpong64, pingpong128, stagger, triton-persistent or nothing",
         ),
     ],
 )

@@ -25,8 +25,8 @@ INSTRUCTIONS = {
     "LDG.128": r"\bLDG\.E\.(?:\w+\.)*128",
     "STG.128": r"\bSTG\.E\.(?:\w+\.)*128",
 }
-# What is at most between a tile's last product and its first exponential (loads from global memory, most of them of ids),
-# and how often a warp group meets for a tile: the present code's numbers.
+# The present code's numbers of what is at most between a tile's last product and its first exponential (loads from global
+# memory, most of them of ids), and how often a warp group meets for a tile.
 LIMITS = {
     "StatsTile<256>": {"loads before exp2": 11, "barriers a tile": 3},
     "StatsTile<128>": {"loads before exp2": 11, "barriers a tile": 3},
@@ -66,7 +66,7 @@ def readable(mangled: str) -> str:
 
 
 def after_a_tile(code: str) -> dict[str, int]:
-    """What LIMITS bounds, in the order of the code: from the last HGMMA on, and without what diverged warps would do."""
+    """What LIMITS bounds, in the order of the code: from the last HGMMA on, without what diverged warps would do."""
     epilogue = re.split(r"\bWARPSYNC\.COLLECTIVE", re.split(r"\bHGMMA\.", code)[-1])[0]
     return {
         "loads before exp2": len(re.findall(r"\bLDG\.", re.split(r"\bMUFU\.EX2", epilogue)[0])),
@@ -124,7 +124,7 @@ def load_setup() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("nvcc") and find_spec("cutlass_library")), reason="there is no nvcc, or no CUTLASS")
+@pytest.mark.skipif(not (shutil.which("nvcc") and find_spec("cutlass_library")), reason="there is no nvcc or CUTLASS")
 @pytest.mark.parametrize("source", ["stats", "grads"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compile(experiment: str, source: str, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_experiment_of_the_environment(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "asked"), [("", "stagger"), ("stagger", None), ("stagger", "pingpong64"), ("stagger", "triton-persistent")]
+    ("built", "asked"),
+    [("", "stagger"), ("stagger", None), ("stagger", "pingpong64"), ("stagger", "triton-persistent")],
 )
 def test_an_experiment_that_the_cuda_kernels_are_not_of(monkeypatch, built: str, asked: str | None) -> None:
     compiled = SimpleNamespace(cuda=True, experiment=built)

@@ -72,6 +72,12 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
     return behind_native(simulator, monkeypatch)
 
 
+def tiles_launched(device: runtime.Device) -> set[tuple[int, int]]:
+    """The columns of the tiles and the blocks of the grids of matmuls so far."""
+    matmuls = [(re.search(r"TileILi(\d+)E", name), blocks) for name, blocks, _ in device.launches]
+    return {(int(columns[1]), blocks) for columns, blocks in matmuls if columns}
+
+
 def native_loss(*args, **kwargs):
     return modest_align_loss(*args, backend="native", **kwargs)
 
@@ -112,7 +118,7 @@ def test_tiles_of_256_columns(device) -> None:
     device.order = Order(warps=4)
     ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
     assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
-    assert {name.split("Tile")[1][:7] for name, *_ in device.launches if "Tile" in name} == {"ILi256E"}
+    assert {width for width, _ in tiles_launched(device)} == {256}
 
 
 @pytest.mark.parametrize(("seed", "late"), slow_but({(1, 0.5)}, range(4), (0.0, 0.5, 1.0)))
@@ -204,11 +210,6 @@ def experiment(experimental: runtime.Device, monkeypatch: pytest.MonkeyPatch) ->
     return behind_native(experimental, monkeypatch)
 
 
-def tiles_launched(device: runtime.Device) -> set[tuple[int, int]]:
-    """The columns of the tiles and the blocks of the grids of matmuls so far."""
-    return {(int(name.split("TileILi")[1].split("E")[0]), blocks) for name, blocks, _ in device.launches if "Ti" in name}
-
-
 # How many blocks a cluster has, and the columns of narrow and wide tiles.
 EXPERIMENTS = {"pingpong64": (4, 128, 256), "pingpong128": (4, 64, 128), "stagger": (2, 128, 256)}
 
@@ -252,13 +253,10 @@ def test_experiments_in_waves(experiment, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_experiments_with_wide_tiles(experiment) -> None:
-    blocks, _, wide = EXPERIMENTS[experiment.extension.experiment]
-    rows, columns = {"pingpong64": (1153, 3588), "pingpong128": (1409, 3080), "stagger": (1409, 3080)}[
-        experiment.extension.experiment
-    ]
-    ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (rows, columns))
-    assert_like_eager(*operands(rows, columns, 64, 20.0), *ids, 1000, "native")
-    assert {width for width, _ in tiles_launched(experiment)} == {wide}
+    experiment.order = Order(warps=4)
+    ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
+    assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
+    assert {width for width, _ in tiles_launched(experiment)} == {EXPERIMENTS[experiment.extension.experiment][2]}
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ struct TensorMap {
 };
 
 int current_device = 0, processors = 132;
-int (*launch)(const char* kernel, void** arguments, const unsigned* grid, const unsigned* block, const unsigned* cluster,
-              unsigned long shared) = nullptr;
+int (*launch)(const char* kernel, void** arguments, const unsigned* grid, const unsigned* block,
+              const unsigned* cluster, unsigned long shared) = nullptr;
 std::string fault;
 
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType dtype, cuuint32_t rank, void* address,
