@@ -25,8 +25,8 @@ INSTRUCTIONS = {
     "LDG.128": r"\bLDG\.E\.(?:\w+\.)*128",
     "STG.128": r"\bSTG\.E\.(?:\w+\.)*128",
 }
-# The present code's numbers of what is at most between a tile's last product and its first exponential (loads from global
-# memory, most of them of ids), and how often a warp group meets for a tile.
+# The present code's numbers of loads from global memory between a tile's last product and its first exponential, most
+# of them of ids, and of a warp group's meetings for a tile.
 LIMITS = {
     "StatsTile<256>": {"loads before exp2": 11, "barriers a tile": 3},
     "StatsTile<128>": {"loads before exp2": 11, "barriers a tile": 3},
@@ -43,6 +43,8 @@ def why_not() -> str | None:
 
     if not _C.cuda:
         return "the extension was built without nvcc"
+    if _C.experiment:
+        return f"the extension is a build of the experiment {_C.experiment}"
     return None if find_spec("triton") else "cuobjdump comes with triton, which is not installed"
 
 
