@@ -129,6 +129,17 @@ struct StatsTile {
   template <class Dots>
   __device__ static void careful_sums(float* columns, const LogitScale& logit, const Dots& dots, int lane,
                                       float (&row_log2)[2]) {
+    // Lanes exchange the columns' maxima through shared memory, before the rows' take registers: few are left.
+    float* const own = columns + 2 * (lane % 4);
+#pragma unroll
+    for (int first = 0; first < kColumns / 8; first += 4) {
+      float largest[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest[i] = fmaxf(dots(dot_at(first, i, 0)), dots(dot_at(first, i, 1)));
+      scatter_combine(largest, lane, Larger());
+      own[column_at(first, kept_value(lane))] = fmaxf(largest[0] * logit.k, -1e30f);
+    }
+    __syncwarp();
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) row_max[i / 2 % 2] = fmaxf(row_max[i / 2 % 2], dots(i));
@@ -147,18 +158,6 @@ struct StatsTile {
       row_sum[h] += shuffle_xor(row_sum[h], 2);
       row_log2[h] = log2f(row_sum[h]) + row_max[h];
     }
-    // Lanes exchange the columns' maxima through shared memory, eight at a time through registers: for more there are
-    // none.
-    float* const own = columns + 2 * (lane % 4);
-#pragma unroll
-    for (int first = 0; first < kColumns / 8; first += 4) {
-      float largest[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest[i] = fmaxf(dots(dot_at(first, i, 0)), dots(dot_at(first, i, 1)));
-      scatter_combine(largest, lane, Larger());
-      own[column_at(first, kept_value(lane))] = fmaxf(largest[0] * logit.k, -1e30f);
-    }
-    __syncwarp();
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += 4) {
       float sum[8];
