@@ -18,15 +18,21 @@ constexpr int64_t kTaskTiles = 8;
 // A logsumexp in units of log2; +inf, so that the softmax is 0, where no pair takes part.
 MODEST_ALIGN_INLINE float log2_of(float lse) { return lse != -__builtin_inff() ? lse * kLog2E : __builtin_inff(); }
 
-// Whether exponentials under the shared shift serve every softmax: none is so small that they may have lost terms.
+// Whether exponentials under the shared shift serve every softmax: none is so small that they may have lost terms, or
+// so large beside a small weight that the factor of both is below float32's normal numbers.
 template <class Operand>
 bool one_shift_serves(const ContrastiveGrads& a, const Matrix<Operand>& m) {
-  const auto exact = [&](const float* lse, int64_t count) {
+  const auto exact = [&](const float* lse, const float* weight, int64_t count) {
     bool all = true;
-    for (int64_t i = 0; i < count; ++i) all = all && !(log2_of(lse[i]) - m.shift < kSmallestLog2Sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const float log2 = log2_of(lse[i]) - m.shift;
+      const float exponent = static_cast<float>(bits<uint32_t>(weight[i]) >> 23 & 255);  // of 2^-126 it is 1
+      const bool normal = exponent >= log2 + 1 || weight[i] == 0 || log2 == __builtin_inff();
+      all = all && !(log2 < kSmallestLog2Sum) && normal;
+    }
     return all;
   };
-  return m.may_share_shift() && exact(a.row_lse, a.rows) && exact(a.col_lse, a.col_count);
+  return m.may_share_shift() && exact(a.row_lse, a.row_weight, a.rows) && exact(a.col_lse, a.col_weight, a.col_count);
 }
 
 // Sizes of the blocks and of the tasks.
