@@ -159,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;
   const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
-  const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y), FIELD(workspace)};
+  const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y)} + threads<Grads>();
 
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
@@ -184,13 +184,12 @@ PYBIND11_MODULE(_C, m) {
          [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
   define(m, "cpu_contrastive_stats", stats + threads<Stats>(),
          [](const Stats& a) { cpu_kernels().contrastive_stats(a); });
-  define(m, "cpu_contrastive_grads", grads + threads<Grads>(),
+  define(m, "cpu_contrastive_grads", grads + Fields<Grads>{FIELD(workspace)},
          [](const Grads& a) { cpu_kernels().contrastive_grads(a); });
   define(m, "cpu_contrastive_stats_workspace",
          extents<Stats>() + Fields<Stats>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
          [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
-  define(m, "cpu_contrastive_grads_workspace",
-         extents<Grads>() + Fields<Grads>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
+  define(m, "cpu_contrastive_grads_workspace", grads,
          [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
 
 #ifdef MODEST_ALIGN_CUDA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from modest_align_kernels.backends.contract import (
 from modest_align_kernels.backends.native.arguments import UNSMOOTHED_GRADIENT, UNSMOOTHED_LOSSES, arguments
 
 _CPU = torch.device("cpu")
-_EXTENTS = "rows", "columns", "col_count", "width", "operand_dtype", "threads"
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -34,9 +32,9 @@ def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _workspace(size: Callable[..., int], given: dict[str, Any], *names: str) -> Tensor:
+def _workspace(size: int) -> Tensor:
     # PyTorch aligns to 64 bytes, which the kernels ask for.
-    return torch.empty(size(**{name: given[name] for name in names}), dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def perturb_normalize(a: PerturbNormalize) -> None:
@@ -50,9 +48,9 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
     dtype = _kernel_dtype(a.dx.dtype)
     dx = a.dx if a.dx.dtype == dtype else torch.empty_like(a.dx, dtype=dtype)
     given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_GRADIENT)._asdict(), "dx": dx})
-    size, names = _C.cpu_perturb_normalize_backward_workspace, ("smoothing", "pair_ids", "pairs", "width")
-    workspace = _workspace(size, given, *names) if smoothed else None
-    _C.cpu_perturb_normalize_backward(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
+    names = "smoothing", "pair_ids", "pairs", "width"
+    size = _C.cpu_perturb_normalize_backward_workspace(**{name: given[name] for name in names}) if smoothed else 0
+    _C.cpu_perturb_normalize_backward(**given, workspace=(workspace := _workspace(size)).data_ptr())
     if dx is not a.dx:
         a.dx.copy_(dx)
 
@@ -61,14 +59,15 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.pair_losses`."""
     given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_LOSSES)._asdict()})
     names = "smoothing", "row_ids", "col_ids", "rows", "columns", "col_count", "width"
-    workspace = _workspace(_C.cpu_pair_losses_workspace, given, *names) if smoothed else None
-    _C.cpu_pair_losses(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
+    size = _C.cpu_pair_losses_workspace(**{name: given[name] for name in names}) if smoothed else 0
+    _C.cpu_pair_losses(**given, workspace=(workspace := _workspace(size)).data_ptr())
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
     given = _arguments({**a._asdict(), "row_lse": row_lse, "col_lse": col_lse})
-    workspace = _workspace(_C.cpu_contrastive_stats_workspace, given, *_EXTENTS)
+    names = "rows", "columns", "col_count", "width", "operand_dtype", "threads"
+    workspace = _workspace(_C.cpu_contrastive_stats_workspace(**{name: given[name] for name in names}))
     _C.cpu_contrastive_stats(**given, workspace=workspace.data_ptr())
 
 
@@ -76,5 +75,5 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
     wanted = {name: grad if grad.numel() else None for name, grad in (("grad_x", grad_x), ("grad_y", grad_y))}
     given = _arguments({**a._asdict(), **softmaxes._asdict(), **wanted})
-    workspace = _workspace(_C.cpu_contrastive_grads_workspace, given, *_EXTENTS)
+    workspace = _workspace(_C.cpu_contrastive_grads_workspace(**given))
     _C.cpu_contrastive_grads(**given, workspace=workspace.data_ptr())
