@@ -143,6 +143,14 @@ Fields<A> pair_losses() {
          extents<A>();
 }
 
+// And beside it NAME_workspace, which takes the same arguments but this one.
+template <class Arguments, class Function, class Size>
+void define_with_workspace(py::module_& m, const std::string& name, const Fields<Arguments>& fields, Function function,
+                           Size size) {
+  define(m, name, fields + workspace<Arguments>(), function);
+  define(m, name + "_workspace", fields, size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -158,8 +166,7 @@ PYBIND11_MODULE(_C, m) {
   using Backward = PerturbNormalizeBackward;
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;
-  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
-  const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y)} + threads<Grads>();
+  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse)};
 
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
@@ -171,26 +178,21 @@ PYBIND11_MODULE(_C, m) {
   });
   define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
          [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
-  define(m, "cpu_perturb_normalize_backward",
-         perturb_normalize_backward<Backward>() + workspace<Backward>() + threads<Backward>(),
-         [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); });
-  define(m, "cpu_pair_losses", pair_losses<PairLosses>() + workspace<PairLosses>() + threads<PairLosses>(),
-         [](const PairLosses& a) { cpu_kernels().pair_losses(a); });
-  define(m, "cpu_perturb_normalize_backward_workspace",
-         Fields<Backward>{FIELD(smoothing), FIELD(pair_ids), FIELD(pairs), FIELD(width)},
-         [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
-  define(m, "cpu_pair_losses_workspace",
-         Fields<PairLosses>{FIELD(smoothing), FIELD(row_ids), FIELD(col_ids), FIELD(width)} + extents<PairLosses>(),
-         [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
-  define(m, "cpu_contrastive_stats", stats + threads<Stats>(),
-         [](const Stats& a) { cpu_kernels().contrastive_stats(a); });
-  define(m, "cpu_contrastive_grads", grads + Fields<Grads>{FIELD(workspace)},
-         [](const Grads& a) { cpu_kernels().contrastive_grads(a); });
-  define(m, "cpu_contrastive_stats_workspace",
-         extents<Stats>() + Fields<Stats>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
-         [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
-  define(m, "cpu_contrastive_grads_workspace", grads,
-         [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
+  define_with_workspace(
+      m, "cpu_perturb_normalize_backward", perturb_normalize_backward<Backward>() + threads<Backward>(),
+      [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); },
+      [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
+  define_with_workspace(
+      m, "cpu_pair_losses", pair_losses<PairLosses>() + threads<PairLosses>(),
+      [](const PairLosses& a) { cpu_kernels().pair_losses(a); },
+      [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
+  define_with_workspace(
+      m, "cpu_contrastive_stats", stats + threads<Stats>(), [](const Stats& a) { cpu_kernels().contrastive_stats(a); },
+      [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
+  define_with_workspace(
+      m, "cpu_contrastive_grads", softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y)} + threads<Grads>(),
+      [](const Grads& a) { cpu_kernels().contrastive_grads(a); },
+      [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
 
 #ifdef MODEST_ALIGN_CUDA
   m.attr("cuda") = true;
@@ -198,23 +200,17 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
   using CudaBackward = cuda::PerturbNormalizeBackward;
   using CudaPairs = cuda::PairLosses;
-  define(m, "cuda_perturb_normalize_backward",
-         perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{FIELD(pair_order)} +
-             workspace<CudaBackward>() + device<CudaBackward>(),
-         cuda::perturb_normalize_backward);
-  define(m, "cuda_perturb_normalize_backward_workspace",
-         Fields<CudaBackward>{FIELD(pair_ids), FIELD(pairs), FIELD(pair_rows), FIELD(width)},
-         cuda::perturb_normalize_backward_workspace);
-  define(m, "cuda_pair_losses",
-         pair_losses<CudaPairs>() + Fields<CudaPairs>{FIELD(row_order), FIELD(col_order)} + workspace<CudaPairs>() +
-             device<CudaPairs>(),
-         cuda::pair_losses);
-  define(m, "cuda_pair_losses_workspace", Fields<CudaPairs>{FIELD(col_ids), FIELD(width)} + extents<CudaPairs>(),
-         cuda::pair_losses_workspace);
+  define_with_workspace(
+      m, "cuda_perturb_normalize_backward",
+      perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{FIELD(pair_order)} + device<CudaBackward>(),
+      cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
+  define_with_workspace(
+      m, "cuda_pair_losses",
+      pair_losses<CudaPairs>() + Fields<CudaPairs>{FIELD(row_order), FIELD(col_order)} + device<CudaPairs>(),
+      cuda::pair_losses, cuda::pair_losses_workspace);
+  define_with_workspace(m, "cuda_contrastive_stats", stats + Fields<Stats>{FIELD(workspace_bytes)} + device<Stats>(),
+                        cuda::contrastive_stats, cuda::contrastive_stats_workspace);
   using G = cuda::ContrastiveG;
-  const Fields<Stats> limit{FIELD(workspace_bytes)};
-  define(m, "cuda_contrastive_stats", stats + limit + device<Stats>(), cuda::contrastive_stats);
-  define(m, "cuda_contrastive_stats_workspace", extents<Stats>() + limit, cuda::contrastive_stats_workspace);
   const Fields<G> factors{FIELD(row_factor), FIELD(col_factor)};
   const Fields<G> block{FIELD(g),          FIELD(g_stride),     FIELD(first_row),
                         FIELD(block_rows), FIELD(first_column), FIELD(block_columns)};

@@ -128,8 +128,7 @@ struct CpuKernels {
   void (*pair_losses)(const PairLosses&);
   void (*contrastive_stats)(const ContrastiveStats&);
   void (*contrastive_grads)(const ContrastiveGrads&);
-  // Bytes of the workspaces of those above that have one: of the gradients' from all other arguments, of the others'
-  // from extents, operand_dtype, threads and null addresses alone.
+  // Bytes of the workspaces of those above that have one, from all their other arguments.
   std::int64_t (*perturb_normalize_backward_workspace)(const PerturbNormalizeBackward&);
   std::int64_t (*pair_losses_workspace)(const PairLosses&);
   std::int64_t (*contrastive_stats_workspace)(const ContrastiveStats&);
@@ -163,7 +162,7 @@ struct PairLosses : modest_align::PairLosses {
 };
 int pair_losses(const PairLosses&);
 
-// Bytes of their workspaces, of which nothing is read without smoothing.
+// Bytes of their workspaces, from all their other arguments.
 std::int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward&);
 std::int64_t pair_losses_workspace(const PairLosses&);
 

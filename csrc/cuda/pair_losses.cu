@@ -98,7 +98,7 @@ GroupSums sums_of(const PairLosses& a) {
 
 }  // namespace
 
-std::int64_t pair_losses_workspace(const PairLosses& a) { return sums_of(a).place(nullptr); }
+std::int64_t pair_losses_workspace(const PairLosses& a) { return !a.smoothing ? 0 : sums_of(a).place(nullptr); }
 
 int pair_losses(const PairLosses& a) {
   const CurrentDevice current(a.device);

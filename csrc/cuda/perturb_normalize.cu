@@ -290,7 +290,7 @@ int perturb_normalize(const PerturbNormalize& a) {
 }
 
 std::int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward& a) {
-  return sums_of(a).place(nullptr);
+  return !a.smoothing ? 0 : sums_of(a).place(nullptr);
 }
 
 int perturb_normalize_backward(const PerturbNormalizeBackward& a) {

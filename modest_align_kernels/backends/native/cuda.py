@@ -34,11 +34,6 @@ def _arguments(device: torch.device, values: dict[str, Any]) -> dict[str, Any]:
     return arguments(device, (torch.float16,), values) | _where(device)
 
 
-def _workspace(device: torch.device, size: int) -> Tensor:
-    # PyTorch aligns to 512 bytes, the kernels ask for 64.
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
 def _order(ids: Tensor | None) -> Tensor | None:
     """Rows by their ids: with equal ones in one order, the same sums come out in every run."""
     return None if ids is None else ids.argsort(stable=True)
@@ -50,6 +45,14 @@ def _raise_on(status: int, kernel: str, given: dict[str, Any]) -> None:
         raise RuntimeError(f"{kernel}({extents}): CUDA error {status}, {_C.cuda_error_string(status)}")
 
 
+def _run(kernel: str, given: dict[str, Any], device: torch.device) -> None:
+    """``_C.cuda_KERNEL`` with the workspace that it asks for."""
+    size = getattr(_C, f"cuda_{kernel}_workspace")(**given)
+    # PyTorch aligns to 512 bytes, the kernels ask for 64.
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    _raise_on(getattr(_C, f"cuda_{kernel}")(**given, workspace=workspace.data_ptr()), kernel, given)
+
+
 def perturb_normalize(a: PerturbNormalize) -> None:
     """See :func:`modest_align_kernels.backends.eager.perturb_normalize`."""
     given = _arguments(a.x_hat.device, a._asdict())
@@ -59,35 +62,23 @@ def perturb_normalize(a: PerturbNormalize) -> None:
 def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGradient | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`."""
     device, more = a.x_hat.device, smoothed or UNSMOOTHED_GRADIENT
-    order, workspace = _order(more.pair_ids), None
-    given = _arguments(device, {**a._asdict(), **more._asdict(), "pair_order": order, "workspace": 0})
-    if smoothed is not None:
-        extents = {name: given[name] for name in ("pair_ids", "pairs", "pair_rows", "width")}
-        workspace = _workspace(device, _C.cuda_perturb_normalize_backward_workspace(**extents))
-        given["workspace"] = workspace.data_ptr()
-    _raise_on(_C.cuda_perturb_normalize_backward(**given), "perturb_normalize_backward", given)
+    order = _order(more.pair_ids)
+    given = _arguments(device, {**a._asdict(), **more._asdict(), "pair_order": order})
+    _run("perturb_normalize_backward", given, device)
 
 
 def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.pair_losses`."""
     device, more = a.row_lse.device, smoothed or UNSMOOTHED_LOSSES
-    orders, workspace = {"row_order": _order(more.row_ids), "col_order": _order(more.col_ids)}, None
-    given = _arguments(device, {**a._asdict(), **more._asdict(), **orders, "workspace": 0})
-    if smoothed is not None:
-        extents = {name: given[name] for name in ("col_ids", "rows", "columns", "col_count", "width")}
-        workspace = _workspace(device, _C.cuda_pair_losses_workspace(**extents))
-        given["workspace"] = workspace.data_ptr()
-    _raise_on(_C.cuda_pair_losses(**given), "pair_losses", given)
+    orders = {"row_order": _order(more.row_ids), "col_order": _order(more.col_ids)}
+    _run("pair_losses", _arguments(device, {**a._asdict(), **more._asdict(), **orders}), device)
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
     device = a.x_hat.device
     given = _arguments(device, {**a._asdict(), "row_lse": row_lse, "col_lse": col_lse})
-    extents = {name: given[name] for name in ("rows", "columns", "col_count")}
-    workspace = _workspace(device, _C.cuda_contrastive_stats_workspace(**extents, workspace_bytes=WORKSPACE_BYTES))
-    given |= {"workspace": workspace.data_ptr(), "workspace_bytes": WORKSPACE_BYTES}
-    _raise_on(_C.cuda_contrastive_stats(**given), "contrastive_stats", given)
+    _run("contrastive_stats", given | {"workspace_bytes": WORKSPACE_BYTES}, device)
 
 
 def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
