@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "experiment.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -168,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   using Grads = ContrastiveGrads;
   const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse)};
 
+  m.attr("experiment") = kExperiment;
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
   m.def("set_cpu_level", [](const char* level) { return set_cpu_level(level); });

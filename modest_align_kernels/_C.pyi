@@ -138,6 +138,7 @@ class ContrastiveG(SoftmaxFactors):
     block_columns: int
 
 cuda: bool
+experiment: str  # of benchmarks/NOTES.md, in the CUDA part; "" by default
 
 def cpu_level() -> str: ...
 def cpu_levels() -> list[str]: ...

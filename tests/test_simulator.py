@@ -30,7 +30,7 @@ from tests.operator_checks import (
 from tests.ptx_simulator import runtime
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Fault, Memory
-from tests.ptx_simulator.parser import parse
+from tests.ptx_simulator.parser import entry_names, parse
 
 
 def why_not() -> str | None:
@@ -56,8 +56,7 @@ def simulator() -> runtime.Device:
     return runtime.Device()
 
 
-@pytest.fixture
-def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+def behind_native(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
     """The native backend as it is on a GPU, on CPU tensors."""
     from modest_align_kernels.backends import eager
     from modest_align_kernels.backends.native import cuda
@@ -82,6 +81,17 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
     simulator.set_processors(132)
     simulator.launches.clear()
     return simulator
+
+
+@pytest.fixture
+def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(simulator, monkeypatch)
+
+
+def tiles_launched(device: runtime.Device) -> set[tuple[int, int]]:
+    """The columns of the tiles and the blocks of the grids of matmuls so far."""
+    matmuls = [(re.search(r"TileILi(\d+)E", name), blocks) for name, blocks, _ in device.launches]
+    return {(int(columns[1]), blocks) for columns, blocks in matmuls if columns}
 
 
 def native_loss(*args, **kwargs):
@@ -124,7 +134,7 @@ def test_tiles_of_256_columns(device) -> None:
     device.order = Order(warps=4)
     ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
     assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
-    assert {name.split("Tile")[1][:7] for name, *_ in device.launches if "Tile" in name} == {"ILi256E"}
+    assert {width for width, _ in tiles_launched(device)} == {256}
 
 
 @pytest.mark.parametrize(("seed", "late"), slow_but({(1, 0.5)}, range(4), (0.0, 0.5, 1.0)))
@@ -204,6 +214,75 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
     x, y = make_features(Case("", 20, 30, 40), torch.float16)
     x[3, 5] = torch.nan
     assert native_loss(x, y, scale).isnan()
+
+
+@pytest.fixture(scope="module", params=["pingpong64", "pingpong128", "stagger"])
+def experimental(request: pytest.FixtureRequest) -> runtime.Device:
+    """A build of csrc/experiment.h."""
+    simulator = runtime.Device(request.param)
+    assert simulator.extension.experiment == request.param
+    return simulator
+
+
+@pytest.fixture
+def experiment(experimental: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(experimental, monkeypatch)
+
+
+# How many blocks a cluster has, and the columns of narrow and wide tiles.
+EXPERIMENTS = {"pingpong64": (4, 128, 256), "pingpong128": (4, 64, 128), "stagger": (2, 128, 256)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [0, 40])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experiments_around_warps_and_tiles(experiment, shape: tuple[int, int], groups: int) -> None:
+    rows, columns = shape
+    ids = [torch.randint(groups, (n,), dtype=torch.int32) for n in shape] if groups else [None, None]
+    for col_count, diagonal in ((rows, True), (columns, False), (0 if rows == 65 else 3 * columns // 4, True)):
+        assert_like_eager(*operands(*shape, 64, 20.0), *ids, col_count, "native", diagonal)
+
+
+# A block's warp groups take turns at tiles, and more than one each.
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("features", [64, 1280])
+def test_experiments_with_several_tiles_a_block(experiment, features: int, late: float) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    experiment.order = Order(int(10 * late), warps=1, late=late)
+    assert_like_eager(*operands(300, 700 if features == 64 else 300, features, 20.0), None, None, 300, "native")
+    assert tiles_launched(experiment) == {(narrow, blocks)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", ["antipodal", "pairs", "random"])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_experiments_where_exponentials_vanish(experiment, scale: float, geometry: str) -> None:
+    assert_like_eager(*operands(290, 300, 64, scale, geometry), None, None, 290, "native")
+
+
+@pytest.mark.slow
+def test_experiments_in_waves(experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modest_align_kernels.backends.native import cuda
+
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
+    assert_like_eager(*operands(600, 700, 128, 1000.0), None, None, 700, "native")
+
+
+@pytest.mark.slow
+def test_experiments_with_wide_tiles(experiment) -> None:
+    experiment.order = Order(warps=4)
+    ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
+    assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
+    assert {width for width, _ in tiles_launched(experiment)} == {EXPERIMENTS[experiment.extension.experiment][2]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES if c.regime in QUICK_CASES], ids=str)
+def test_experiments_keep_the_error_budget(experiment, case: Case) -> None:
+    with poisoned_memory():
+        assert_within_budget(native_loss, case, torch.float16, seeds=1)
 
 
 # Widths up to 1,024 are a warp's, others a block's; the odd ones are not aligned to 16 bytes.
@@ -415,10 +494,17 @@ PLANTED: dict[str, tuple[str, str, str, int, Callable[[], None]]] = {
 QUICK = {"the last products are not waited for", "a row is summed before all warps have added to it"}
 
 
-@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
-def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    kernel, pattern, replacement, place, run = PLANTED[bug]
-    name, text = next((n, t) for t in device.modules.values() for n in runtime.entry_names(t) if kernel in n)
+def assert_caught(
+    device: runtime.Device,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    pattern: str,
+    replacement: str,
+    place: int,
+    run: Callable[[], None],
+) -> None:
+    text = device.ptx
+    name = next(name for name in entry_names(text) if kernel in name)
     start = text.index(f".entry {name}(")
     found = list(re.finditer(pattern, text[start:]))[place]
     planted = text[: start + found.start()] + found.expand(replacement) + text[start + found.end() :]
@@ -437,6 +523,28 @@ def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: s
             break
     assert caught
     assert "CUDA error" not in caught[0] or ", Fault: " in caught[0]  # not a limit of the simulator
+
+
+@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
+def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    assert_caught(device, monkeypatch, *PLANTED[bug])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experimental", ["pingpong64", "pingpong128"], indirect=True)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];",  # the tensor cores are not handed on
+        r"wgmma\.wait_group\.sync\.aligned 0;",  # the last products are not waited for
+    ],
+    ids=["turn", "products"],
+)
+def test_planted_bugs_in_pingpong_are_caught(experiment, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    run = partial(products, 300, 300, 192, 20.0)
+    assert_caught(experiment, monkeypatch, f"StatsTileILi{narrow}", bug, "", 0, run)
 
 
 PROBE = """

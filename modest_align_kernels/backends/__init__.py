@@ -34,10 +34,15 @@ def _workspace_bytes() -> int:
     return int(mib) * 2**20
 
 
+# Of these a build of the CUDA kernels has at most one.
+CUDA_EXPERIMENTS = ("pingpong64", "pingpong128", "stagger")
+
+
 def _experiment() -> str | None:
     name = os.environ.get("MODEST_ALIGN_EXPERIMENT") or None
-    if name not in (None, "triton-persistent"):
-        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want triton-persistent")
+    known = ("triton-persistent", *CUDA_EXPERIMENTS)
+    if name not in (None, *known):
+        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want {', '.join(known[:-1])} or {known[-1]}")
     return name
 
 
