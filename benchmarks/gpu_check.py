@@ -34,7 +34,7 @@ EXPERIMENTS = {"native": ("pingpong64", "pingpong128", "stagger"), "triton": ("t
 WORKSPACES_MIB = ("128", "512")  # beside 256, which is the default
 # Parts of our kernels' names: PyTorch's own are not instrumented.
 KERNELS = ("matmul_kernel", "contrastive_", "grads_kernel", "perturb_normalize", "merge_kernel")
-KERNELS += ("factors_kernel", "bounds_kernel")
+KERNELS += ("factors_kernel", "bounds_kernel", "pair_losses", "sums_kernel")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 BEHAVIOUR = "repeat or no_host_sync or graph_capture"
 LARGE = "2_31 or 65536 or half_a_million"

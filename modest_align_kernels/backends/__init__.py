@@ -69,7 +69,7 @@ class Backend:
             is aligned, none is masked.
         why_not: why it cannot run on a device, for features of a dtype and a number (None asks about the device alone),
             in one sentence; None if it can.
-        module: for a device type, the module that has the four functions; imported when first used.
+        module: for a device type, the module that has the five functions; imported when first used.
         exponentials_shape: for B, N, the operands' dtype and a device type, the shape of what contrastive_stats keeps
             for contrastive_grads (:class:`~modest_align_kernels.backends.contract.Logits`); without rows: nothing.
     """
