@@ -201,6 +201,6 @@ def test_an_experiment_that_the_cuda_kernels_are_not_of(monkeypatch, built: str,
     for name, value in {"_C": compiled, "EXPERIMENT": asked, "_MISSING": None}.items():
         monkeypatch.setattr(native, name, value, raising=False)
     reason = native.BACKEND.why_not(torch.device("cuda"), torch.float16, 64)
-    assert f"built with MODEST_ALIGN_EXPERIMENT={built}, and this process" in str(reason)
+    assert f"built with MODEST_ALIGN_EXPERIMENT={built!r}, and this process has {asked or ''!r}: " in str(reason)
     monkeypatch.setattr(native, "EXPERIMENT", built or None)
     assert native.BACKEND.why_not(torch.device("cuda"), torch.float16, 64) is None

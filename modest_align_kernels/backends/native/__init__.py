@@ -49,8 +49,8 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
         if _C.experiment != wanted:
             # Neither is taken for the other: what is measured has the name that was asked for.
             return (
-                f"the CUDA kernels were built with MODEST_ALIGN_EXPERIMENT={_C.experiment}, and this process has "
-                f"MODEST_ALIGN_EXPERIMENT={EXPERIMENT or ''}: set the same or build again"
+                f"the CUDA kernels were built with MODEST_ALIGN_EXPERIMENT={_C.experiment!r}, and this process has "
+                f"{EXPERIMENT or ''!r}: set the same or build again"
             )
         if torch.cuda.get_device_capability(device) != (9, 0):
             return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
