@@ -130,14 +130,17 @@ def make_weights(case: Case, device: torch.device | str = "cpu", seed: int = 0) 
 
 
 def value_and_grads(loss_fn: LossFunction, x: Tensor, y: Tensor, case: Case) -> dict[str, Tensor]:
-    """The loss and its gradients by name: "loss", "image_features", "text_features", "logit_scale"."""
+    """The loss and its gradients by name: "loss", "image_features", "text_features", "logit_scale".
+
+    Of several losses, [n], the gradients are their sum's.
+    """
     x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.tensor(case.scale, dtype=wide, device=x.device, requires_grad=True)
     weights = {"weights": make_weights(case, x.device).to(x.dtype)} if case.weighted else {}
     group_ids = make_group_ids(case, x.device)
     loss = loss_fn(x, y, scale, smoothing=case.smoothing, group_ids=group_ids, symmetric=case.symmetric, **weights)
-    grads = torch.autograd.grad(loss, (x, y, scale))
+    grads = torch.autograd.grad(loss.sum(), (x, y, scale))
     names = ("image_features", "text_features", "logit_scale")
     return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
 
