@@ -123,7 +123,8 @@ def _linear_cross_entropy() -> Step:
     return from_loss(loss_fn)
 
 
-def _sentence_transformers(name: str, **options: Any) -> Any:
+def sentence_transformers_loss(name: str, **options: Any) -> Any:
+    """One of its losses, for embeddings in a model's place."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -138,12 +139,14 @@ def _sentence_transformers(name: str, **options: Any) -> Any:
 
     # The losses want a model whose first module embeds; here the embeddings are given.
     model = torch.nn.Sequential(torch.nn.Identity())
-    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-    return getattr(losses, name)(model, **both, **options)
+    return getattr(losses, name)(model, **options)
+
+
+BOTH_DIRECTIONS = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 def _ranking() -> Step:
-    module = _sentence_transformers("MultipleNegativesRankingLoss")
+    module = sentence_transformers_loss("MultipleNegativesRankingLoss", **BOTH_DIRECTIONS)
 
     def loss_fn(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         module.scale = scale.to(x.dtype)
@@ -153,7 +156,7 @@ def _ranking() -> Step:
 
 
 def _cached_ranking() -> Step:
-    module = _sentence_transformers("CachedMultipleNegativesRankingLoss", mini_batch_size=1024)
+    module = sentence_transformers_loss("CachedMultipleNegativesRankingLoss", mini_batch_size=1024, **BOTH_DIRECTIONS)
 
     def step(x: Tensor, y: Tensor, scale: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))

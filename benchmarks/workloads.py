@@ -41,7 +41,7 @@ class Workload:
     """One shape: B = ``rows`` pairs of D = ``features``.
 
     Attributes:
-        kind: "loss" (every provider side by side), "operations" (a backend's four functions) or "step" (one training
+        kind: "loss" (every provider side by side), "operations" (a backend's five functions) or "step" (one training
             step of the reference trainer).
         rows: B.
         features: D.

@@ -53,7 +53,7 @@ def modest_align_loss(
     gradient_reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D).
+    r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D) and a workspace of constant size.
 
     .. math::
         \tilde x = x + \sigma \epsilon, \quad \hat x = \tilde x / \max(|\tilde x|, 10^{-12})
@@ -345,7 +345,8 @@ def contrastive_logsumexp(
         \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row\_lse}_i} + v_j e^{S_{ij} - \text{col\_lse}_j}
 
     Gradients flow to x, y, and to ``scale`` if it is a tensor that asks for one; of -inf they are zero. A row whose
-    norm is below 1e-12 has none. A second derivative raises RuntimeError.
+    norm is below 1e-12 has none. A second derivative raises RuntimeError. With float16 operands (of float16 features;
+    on a GPU of bfloat16 ones, too) what is below 2^-34 of the largest of u and v counts as 0.
 
     Args:
         x: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised.

@@ -44,7 +44,12 @@ def perturb_normalize(
 
 
 def _logits(
-    x_hat: Tensor, y_hat: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, exclude_diagonal: bool
+    x_hat: Tensor,
+    y_hat: Tensor,
+    scale: Tensor | float,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_diagonal: bool,
 ) -> Tensor:
     logits = scale * (x_hat @ y_hat.T)
     excluded = torch.zeros_like(logits, dtype=torch.bool)
@@ -58,7 +63,7 @@ def _logits(
 def contrastive_stats(
     x_hat: Tensor,
     y_hat: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     exclude_diagonal: bool,
@@ -90,7 +95,7 @@ def contrastive_grads(
 
 
 def _cross_entropy(logits: Tensor, smoothing: Tensor | float, is_negative: Tensor) -> Tensor:
-    """Mean over the rows of the cross-entropy; row i's positive is column i, its negatives are ``is_negative[i]``."""
+    """Each row's cross-entropy, [B]; row i's positive is column i, its negatives are ``is_negative[i]``."""
     rows = logits.shape[0]
     is_positive = torch.eye(rows, logits.shape[1], dtype=torch.bool, device=logits.device)
     log_p = logits.masked_fill(~(is_negative | is_positive), -math.inf).log_softmax(1)
@@ -98,7 +103,7 @@ def _cross_entropy(logits: Tensor, smoothing: Tensor | float, is_negative: Tenso
     smoothing = torch.where(negatives > 0, torch.as_tensor(smoothing, dtype=logits.dtype, device=logits.device), 0.0)
     on_positive = (1 - smoothing) * log_p.diagonal()
     on_negatives = smoothing / negatives.clamp_min(1) * log_p.masked_fill(~is_negative, 0).sum(1)
-    return -(on_positive + on_negatives).mean()
+    return -(on_positive + on_negatives)
 
 
 def modest_align_loss(
@@ -110,6 +115,8 @@ def modest_align_loss(
     relative_noise: bool = False,
     smoothing: Tensor | float = 0.0,
     group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     symmetric: bool = True,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -119,7 +126,8 @@ def modest_align_loss(
         \hat x_i = \tilde x_i / \max(|\tilde x_i|, 10^{-12}), \quad S = s \hat X \hat Y^T, \quad
         T_{ij} = 1 - a \text{ for the positive, } a / n_i \text{ for each of row i's } n_i \text{ negatives},
 
-        L = \tfrac12 \text{mean}_i CE(T_{i:}, S_{i:}) + \tfrac12 \text{mean}_j CE(T_{:j}, S_{:j})
+        \ell_i = \tfrac12 CE(T_{i:}, S_{i:}) + \tfrac12 CE(T_{:i}, S_{:i}), \quad
+        L = \sum_i w_i \ell_i / \sum_i w_i
 
     Rows without negatives keep all their mass on the positive. Columns past B are negatives of every row and have no
     loss of their own.
@@ -133,11 +141,13 @@ def modest_align_loss(
         smoothing: a, in [0, 1].
         group_ids: integers [B]; pairs with equal id are not each other's negatives. Or integers [B] and [N]: of rows
             and of all columns.
+        weights: w, [B]; None: all are 1.
+        reduction: "mean", "sum" (of w l) or "none" (w l, [B]).
         symmetric: False keeps the image-to-text direction only, with weight 1.
         seed: int64, one element: the noise's seed; None draws no noise.
 
     Returns:
-        0-dim tensor in the features' dtype.
+        0-dim or [B] tensor in the features' dtype.
     """
     rows, columns = image_features.shape[0], text_features.shape[0]
     if rows == 0:
@@ -153,4 +163,23 @@ def modest_align_loss(
     loss = _cross_entropy(logits, smoothing, is_negative)
     if symmetric:
         loss = (loss + _cross_entropy(logits[:, :rows].T, smoothing, is_negative[:, :rows].T)) / 2
-    return loss
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if weights is None else loss.sum() / weights.sum()
+
+
+def contrastive_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Row_lse [B] and col_lse [N]: see :func:`modest_align_kernels.contrastive_logsumexp`."""
+    x_hat, y_hat = perturb_normalize(x), perturb_normalize(y)
+    return contrastive_stats(x_hat, y_hat, scale, row_ids, col_ids, False, len(y))

@@ -383,6 +383,7 @@ MODES = {
     "groups": (20, {"group_ids": IDS[:24]}),
     "groups and smoothing": (23, {"noise_std": 0.1, "smoothing": 0.1, "group_ids": IDS[:24]}),
     "groups of both sides and smoothing": (25, {"noise_std": 0.1, "smoothing": 0.1, "group_ids": (IDS[:24], IDS)}),
+    "weights": (36, {"weights": torch.ones(24)}),
 }
 
 

@@ -84,6 +84,36 @@ def test_extra_columns_are_negatives_of_rows_only() -> None:
     torch.testing.assert_close(reference.modest_align_loss(x, y, 10.0), expected, rtol=1e-12, atol=0)
 
 
+def test_weights_and_reductions_are_those_of_cross_entropy() -> None:
+    x, y = features(3, 3)
+    logits = 10 * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+    target, weights = torch.arange(3), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    for reduction in ("mean", "sum"):
+        # Its weights are of classes: here each is a pair's.
+        both = [F.cross_entropy(s, target, weight=weights, reduction=reduction) for s in (logits, logits.T)]
+        got = reference.modest_align_loss(x, y, 10.0, weights=weights, reduction=reduction)
+        torch.testing.assert_close(got, sum(both) / 2, rtol=1e-12, atol=0)
+        both = [F.cross_entropy(s, target, reduction=reduction) for s in (logits, logits.T)]
+        got = reference.modest_align_loss(x, y, 10.0, reduction=reduction)
+        torch.testing.assert_close(got, sum(both) / 2, rtol=1e-12, atol=0)
+    both = [F.cross_entropy(s, target, weight=weights, reduction="none") for s in (logits, logits.T)]
+    got = reference.modest_align_loss(x, y, 10.0, weights=weights, reduction="none")
+    torch.testing.assert_close(got, sum(both) / 2, rtol=1e-12, atol=0)
+
+
+def test_logsumexp_by_hand() -> None:
+    x = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    y = torch.tensor([[3.0, 0.0], [0.0, 0.5], [-1.0, 0.0]], dtype=torch.float64)  # cosines 1 0 -1, 0 1 0
+    row_lse, col_lse = reference.contrastive_logsumexp(x, y, 2.0)
+    e = math.exp(2)
+    assert row_lse.exp().tolist() == pytest.approx([e + 1 + 1 / e, 2 + e])
+    assert col_lse.exp().tolist() == pytest.approx([e + 1, 1 + e, 1 / e + 1])
+    ids = {"row_ids": torch.tensor([4, 7]), "col_ids": torch.tensor([4, 4, 7])}
+    row_lse, col_lse = reference.contrastive_logsumexp(x, y, 2.0, **ids)
+    assert row_lse.exp().tolist() == pytest.approx([1 / e, 1 + e])
+    assert col_lse.exp().tolist() == pytest.approx([1, e, 1 / e])
+
+
 def test_gradcheck() -> None:
     x, y = features(4, 6, width=3)
     ids = torch.tensor([0, 1, 0, 2])

@@ -281,7 +281,7 @@ if __name__ == "__main__":
             + "|---" * 11
             + "|"
         )
-        for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,)) + small_jobs()):
+        for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,)) + sums_jobs(90) + small_jobs()):
             cores = ", ".join(f"{count} {name}" for name, count in r["tensor_core"].items())
             print(
                 f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {'yes' if r['ids'] else 'no'} "

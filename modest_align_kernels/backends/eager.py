@@ -211,10 +211,13 @@ def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: T
     shift = _shift(scale_log2)
     row_log2, col_log2 = _softmax_log2(row_lse, rows), _softmax_log2(col_lse, columns)
     col_weight = torch.nn.functional.pad(col_weight, (0, columns - len(col_weight)))
-    if shift is not None and _log2_fit(shift, row_log2, col_log2):
-        row_weight, col_weight = row_weight * (shift - row_log2).exp2_(), col_weight * (shift - col_log2).exp2_()
-    else:
-        shift = None
+    if shift is not None:
+        row_factor, col_factor = row_weight * (shift - row_log2).exp2_(), col_weight * (shift - col_log2).exp2_()
+        kept = _is_kept(row_factor, row_weight, row_log2) and _is_kept(col_factor, col_weight, col_log2)
+        if kept and _log2_fit(shift, row_log2, col_log2):
+            row_weight, col_weight = row_factor, col_factor
+        else:
+            shift = None
     block = even_block(rows, BLOCK_ROWS), even_block(columns, BLOCK_COLUMNS)
     gain = gain_of(a.x_hat.dtype)
     # A fresh block each time would cost more in page faults than what is written to it.
@@ -266,6 +269,11 @@ def _shift(scale_log2: Tensor) -> Tensor | None:
 def _log2_fit(shift: Tensor, *log2: Tensor) -> bool:
     """Whether sums of exponentials under the shift, of which these are log2, have lost nothing."""
     return all(bool(each.min() - shift >= SMALLEST_LOG2_SUM) for each in log2 if len(each))
+
+
+def _is_kept(factor: Tensor, weight: Tensor, log2: Tensor) -> bool:
+    """Whether no weight was so small beside its sum of exponentials that its factor is below the normal numbers."""
+    return not bool(((factor.abs() < torch.finfo(factor.dtype).tiny) & (weight != 0) & log2.isfinite()).any())
 
 
 def _softmax_log2(lse: Tensor, length: int) -> Tensor:

@@ -45,7 +45,7 @@ def _sum_chunk(
     rows,
     chunk,  # of this side
     kind,
-    partial,  # float32 [3, width]: total, the piece of a run that began before this chunk, of one that does not end in it
+    partial,  # float32 [3, width]: total, piece of a run that began before this chunk, piece of one that opens in it
     open_id,  # int32: that of the run that begins in this chunk and does not end in it, or -1
     table,  # float32 [numbers, width], of this side and kind
     bounds,  # int32 [2, numbers], of this side
@@ -74,10 +74,7 @@ def _sum_chunk(
     for tile_first in range(first, past, TILE_ROWS):
         place = tile_first + tl.arange(0, TILE_ROWS)
         inside = place < rows
-        if order is not None:
-            row = tl.load(order + place, mask=inside, other=0)
-        else:
-            row = place.to(tl.int64)
+        row = tl.load(order + place, mask=inside, other=0) if order is not None else place.to(tl.int64)
         values = hat + ((row * width)[:, None] + feature[None, :])
         tile = tl.load(values, mask=inside[:, None] & has_feature[None, :], other=0.0).to(tl.float32)
         if weight is not None:
@@ -141,7 +138,7 @@ def group_sums_kernel(
     if order is not None:
         open_ids += chunk
         table += kind * of_kind
-    if other_hat is None:
+    if other_hat is None:  # noqa: SIM114 - decided when this is compiled, the next one when it runs
         _sum_chunk(
             hat, order, ids, weight, rows, chunk, kind, partial, open_ids, table, bounds,
             weighted_rows, numbers, width, ROWS, TILE_ROWS, FEATURES,
@@ -238,7 +235,7 @@ def group_sums(
     if ids[0] is not None:
         table = total.new_empty((sides, kinds, numbers, width))
         bounds, open_ids = ids[0].new_zeros((sides, 2, numbers)), ids[0].new_empty(chunks)
-        ordered = [its_ids.sort(stable=True) for its_ids in ids]
+        ordered = [its_ids.sort(stable=True) for its_ids in ids if its_ids is not None]
     (in_order, order), (other_in_order, other_order) = ordered[0], ordered[-1]
     two_sides = sides == 2
     group_sums_kernel[(chunks * kinds, triton.cdiv(width, _FEATURES))](

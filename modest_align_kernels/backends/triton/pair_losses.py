@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from modest_align_kernels.backends.contract import PairLosses, SmoothedLosses
 from modest_align_kernels.backends.triton.group_sums import group_sums
@@ -133,14 +134,14 @@ def pair_losses_kernel(
 def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.pair_losses`."""
     pairs, col_count = len(a.row_lse), len(a.col_lse)
-    if smoothed is None:
-        tensors, columns, width, block = (None,) * 11, pairs, 0, (_PAIRS, 1, 4)
-    else:
+    tensors: tuple[Tensor | None, ...] = (None,) * 11
+    columns, width, (pairs_of_program, features, warps) = pairs, 0, (_PAIRS, 1, 4)
+    if smoothed is not None:
         columns, width = smoothed.y_hat.shape
-        sides = slice(0, 2 if col_count else 1)  # in one direction there are no columns' negatives
-        hats, ids = (smoothed.y_hat, smoothed.x_hat)[sides], (smoothed.col_ids, smoothed.row_ids)[sides]
-        tensors, block = (*smoothed, *group_sums(hats, ids, pairs)), row_blocks(width)
-    pairs_of_program, features, warps = block
+        hats, ids = [smoothed.y_hat, smoothed.x_hat], [smoothed.col_ids, smoothed.row_ids]
+        sides = 2 if col_count else 1  # in one direction no column's negatives are wanted
+        tensors = *smoothed, *group_sums(hats[:sides], ids[:sides], pairs)
+        pairs_of_program, features, warps = row_blocks(width)
     pair_losses_kernel[(triton.cdiv(pairs, pairs_of_program),)](
         *a,
         *tensors,
