@@ -259,6 +259,7 @@ def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
             "symmetric": bool(symmetric),
             "gradient_reduction": gradient_reduction,
             "requires_grad of the smoothing": _wants_gradient(call.smoothing),
+            "requires_grad of the weights": _wants_gradient(call.weights),
         }
         return call, (call.x.shape[0], call.y.shape[0]), alike
 
@@ -291,6 +292,7 @@ def _alike(x: Tensor, y: Tensor, scale: Tensor, options: Options, strategy: str)
 
     return {
         "features": x.shape[1],
+        "the device's type": x.device.type,
         "the operands' dtype": str(options.operand_dtype),
         "backend": options.backend,
         "strategy": strategy,

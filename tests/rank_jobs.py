@@ -172,3 +172,155 @@ def logsumexp(group, strategy: str) -> None:
         got = list(torch.autograd.grad(total, leaves))
         got[2] = got[2] * size
         torch.testing.assert_close(got, list(expected), rtol=1e-9, atol=1e-12)
+
+
+def shares(group, lengths: Sequence[int], *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """This rank's rows of each tensor, as leaves."""
+    index = shard_of(lengths, group.rank())
+    return [t[index].clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def contract(group, strategy: str) -> None:
+    """Each clause of the docstring, in its words."""
+    size = group.size()
+    x, y = make_features(Case("", 11, 11, 6), torch.float64)
+    lengths = lengths_of(11, size, "unequal")
+    index = shard_of(lengths, group.rank())
+    leaves = [t.clone().requires_grad_() for t in (x, y, *torch.tensor([7.0, 0.2], dtype=torch.float64))]
+    whole = modest_align_loss(*leaves[:3], smoothing=leaves[3])
+    of_x, of_y, of_scale, of_smoothing = torch.autograd.grad(whole, leaves)
+    for gradient_reduction, features, shared in (("mean", size, 1), ("sum", 1, 1 / size)):
+        given = {"process_group": group, "strategy": strategy, "gradient_reduction": gradient_reduction}
+        x_own, y_own = shares(group, lengths, x, y)
+        scale, smoothing = (t.detach().clone().requires_grad_() for t in leaves[2:])
+        loss = modest_align_loss(x_own, y_own, scale, smoothing=smoothing, **given)
+        same_everywhere(group, loss)
+        torch.testing.assert_close(loss, whole)
+        # J_r = f_r L: the gradients are those of the mean of all J_r
+        for factor in (1.0, group.rank() - 3.0):
+            mean = 1.0 if factor == 1.0 else sum(q - 3.0 for q in range(size)) / size
+            got = torch.autograd.grad(loss, (x_own, y_own, scale, smoothing), torch.tensor(factor).double(), True)
+            same_everywhere(group, got[2])
+            expected = of_x[index] * features, of_y[index] * features, of_scale * shared, of_smoothing * shared
+            torch.testing.assert_close(got, tuple(t * mean for t in expected))
+
+
+def numbers_without_a_gradient(group, strategy: str) -> None:
+    """Each subset of what may ask for a gradient, and none."""
+    x, y = make_features(Case("", 10, 14, 6), torch.float32)
+    loss_fn = ShardedLoss(group, "unequal", strategy=strategy)
+    for wanted in itertools.product((False, True), repeat=4):
+        results = []
+        for function in (modest_align_loss, loss_fn):
+            leaves = [
+                t.clone().requires_grad_(w) for t, w in zip((x, y, *torch.tensor([7.0, 0.2])), wanted, strict=True)
+            ]
+            loss = function(*leaves[:3], smoothing=leaves[3])
+            assert loss.requires_grad == any(wanted)
+            leaves = [t for t in leaves if t.requires_grad]
+            results.append((loss.detach(), torch.autograd.grad(loss, leaves) if leaves else ()))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def second_derivative(group, strategy: str) -> None:
+    x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    losses = (modest_align_loss(x, y, 5.0, process_group=group, strategy=strategy),)
+    losses += (contrastive_logsumexp(x, y, 5.0, process_group=group, strategy=strategy)[0].sum(),)
+    for loss, name in zip(losses, ("modest_align_loss", "contrastive_logsumexp"), strict=True):
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        raises(RuntimeError, f"{name} has no second derivative", lambda: grad.sum().backward())
+
+
+def raises(kind: type[Exception], words: str, function) -> None:
+    try:
+        function()
+    except kind as error:
+        assert words in str(error), f"got {error}, want {words}"
+        assert "\n" not in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__}: {words}")
+
+
+def disagreements(group) -> None:
+    """On every rank the same sentence, and the group goes on as before."""
+    rank, size = group.rank(), group.size()
+    x, y = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    wide = torch.randn(3, 9)
+    last = rank == size - 1
+    of = f"on rank {size - 1} of {size}, want the same on every rank"
+
+    def call(x=x, y=y, scale=5.0, **options):
+        return modest_align_loss(x, y, scale, process_group=group, **options)
+
+    for words, options in (
+        ("features: got 8 on rank 0 and 9 " + of, {"x": wide, "y": wide}),
+        (
+            "the operands' dtype: got torch.float32 on rank 0 and torch.float64 " + of,
+            {"x": x.double(), "y": y.double()},
+        ),
+        ("backend: got native on rank 0 and eager " + of, {"backend": "eager"}),
+        ("strategy: got auto on rank 0 and ring " + of, {"strategy": "ring"}),
+        ("gradient_reduction: got mean on rank 0 and sum " + of, {"gradient_reduction": "sum"}),
+        ("logit_scale: got 5.0 on rank 0 and 6.0 " + of, {"scale": 6}),
+        ("logit_scale: got 5.0 on rank 0 and a tensor " + of, {"scale": torch.tensor(5.0)}),
+        ("smoothing: got 0.0 on rank 0 and 0.1 " + of, {"smoothing": 0.1}),
+        ("noise_std: got 0.0 on rank 0 and 0.5 " + of, {"noise_std": 0.5}),
+        ("relative_noise: got False on rank 0 and True " + of, {"relative_noise": True}),
+        ("group_ids: got None on rank 0 and a tensor " + of, {"group_ids": torch.arange(3)}),
+        ("weights: got None on rank 0 and a tensor " + of, {"weights": torch.ones(3)}),
+        ("reduction: got mean on rank 0 and none " + of, {"reduction": "none"}),
+        ("symmetric: got True on rank 0 and False " + of, {"symmetric": False}),
+        ("requires_grad of the images: got True on rank 0 and False " + of, {"x": x.detach()}),
+    ):
+        raises(ValueError, words, lambda options=options: call(**(options if last else {})))
+    # What one rank refuses, all raise in its words.
+    for kind, words, options in (
+        (ValueError, "text_features: got 9 features, want 8", {"y": wide}),
+        (TypeError, "image_features: got list, want a tensor", {"x": [1.0]}),
+        (ValueError, "smoothing: got 1.5, want a float in [0, 1]", {"smoothing": 1.5}),
+        (RuntimeError, 'float64 features run on backend="eager" only', {"x": x.double(), "backend": "native"}),
+    ):
+        words = f"{words}"
+        raises(kind, words, lambda options=options: call(**(options if last else {})))
+        raises(kind, f"(on rank {size - 1} of {size})", lambda options=options: call(**(options if last else {})))
+
+    def lse(x=x, y=y, **options):
+        return contrastive_logsumexp(x, y, 5.0, process_group=group, **options)
+
+    ids = {"row_ids": torch.arange(3), "col_ids": torch.arange(3)}
+    raises(ValueError, "ids: got False on rank 0 and True " + of, lambda: lse(**(ids if last else {})))
+    raises(ValueError, "col_ids: got None beside row_ids", lambda: lse(**({"row_ids": ids["row_ids"]} if last else {})))
+    with torch.no_grad() if last else torch.enable_grad():
+        raises(ValueError, "requires_grad of the images: got True on rank 0 and False " + of, call)
+    same_everywhere(group, call())
+
+
+def meshes(group) -> None:
+    """Of a mesh, the ranks of one dimension; the others have the same pairs, as under tensor parallelism."""
+    rank = dist.get_rank()
+    x, y = make_features(Case("", 6, 6, 5), torch.float64)
+    whole = modest_align_loss(x, y, 9.0)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    data_rank = rank // 2
+    own = slice(3 * data_rank, 3 * data_rank + 3)
+    for process_group in ((mesh, "dp"), (mesh, 0), mesh["dp"], mesh.get_group("dp")):
+        torch.testing.assert_close(modest_align_loss(x[own], y[own], 9.0, process_group=process_group), whole)
+    raises(
+        ValueError,
+        "process_group: got a DeviceMesh of 2 dimensions, want (DeviceMesh, dimension)",
+        lambda: modest_align_loss(x, y, 9.0, process_group=mesh),
+    )
+    raises(
+        ValueError,
+        "process_group: got dimension 'pp' of",
+        lambda: modest_align_loss(x, y, 9.0, process_group=(mesh, "pp")),
+    )
+    pair = dist.new_group([0, 1])
+    if rank > 1:
+        raises(
+            ValueError,
+            "process_group: got one that this rank is no member of",
+            lambda: modest_align_loss(x, y, 9.0, process_group=pair),
+        )
+    alone = [dist.new_group([q]) for q in range(4)][rank]
+    torch.testing.assert_close(modest_align_loss(x, y, 9.0, process_group=alone, strategy="ring"), whole)

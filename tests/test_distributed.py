@@ -70,3 +70,27 @@ def test_options(pool, strategy: str, size: int, how: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_logsumexps(pool, strategy: str, size: int) -> None:
     pool.run("logsumexp", size, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_contract(pool, strategy: str) -> None:
+    pool.run("contract", 3, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whatever_asks_for_a_gradient(pool, strategy: str) -> None:
+    pool.run("numbers_without_a_gradient", 2, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_derivative(pool, strategy: str) -> None:
+    pool.run("second_derivative", 2, strategy=strategy)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_disagreements_raise_the_same_sentence_on_every_rank(pool, size: int) -> None:
+    pool.run("disagreements", size)
+
+
+def test_meshes_and_groups(pool) -> None:
+    pool.run("meshes", 4)

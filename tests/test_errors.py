@@ -77,7 +77,15 @@ IDS = torch.arange(4)
         ((X, X, 1.0), {"group_ids": (IDS, IDS[:3])}, ValueError, r"group_ids\[1\]: got shape \(3,\), want \[4\]"),
         ((X, X, 1.0), {"group_ids": (IDS.float(), IDS)}, TypeError, r"group_ids\[0\]: got dtype torch.float32"),
         ((X, X, 1.0), {"backend": "cuda"}, ValueError, "backend: got 'cuda', want \"auto\" or one of"),
-        ((X, X, 1.0), {"process_group": object()}, NotImplementedError, "process_group: "),
+        ((X, X, 1.0), {"process_group": object()}, TypeError, "process_group: got object, want a ProcessGroup, a Dev"),
+        ((X, X, 1.0), {"process_group": (1, 2)}, TypeError, "process_group: got tuple, want a ProcessGroup, a Dev"),
+        ((X, X, 1.0), {"strategy": "tree"}, ValueError, 'strategy: got \'tree\', want "auto", "gather" or "ring"'),
+        (
+            (X, X, 1.0),
+            {"gradient_reduction": "max"},
+            ValueError,
+            'gradient_reduction: got \'max\', want "mean" or "sum"',
+        ),
     ],
 )
 def test_one_clear_sentence(args, kwargs, error, words) -> None:
