@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from modest_align_kernels import contrastive_logsumexp, modest_align_loss, reference
+from modest_align_kernels import ModestAlignLoss, contrastive_logsumexp, modest_align_loss, reference
 from modest_align_kernels.testing import (
     CASES,
     Case,
@@ -231,12 +231,13 @@ def second_derivative(group, strategy: str) -> None:
         raises(RuntimeError, f"{name} has no second derivative", lambda: grad.sum().backward())
 
 
-def raises(kind: type[Exception], words: str, function) -> None:
+def raises(kind: type[Exception], words: str, function) -> str | None:
     try:
         function()
     except kind as error:
         assert words in str(error), f"got {error}, want {words}"
         assert "\n" not in str(error), error
+        return str(error)
     else:
         raise AssertionError(f"no {kind.__name__}: {words}")
 
@@ -251,6 +252,11 @@ def disagreements(group) -> None:
 
     def call(x=x, y=y, scale=5.0, **options):
         return modest_align_loss(x, y, scale, process_group=group, **options)
+
+    def all_raise(kind, words, function) -> None:
+        sentences = [None] * size
+        dist.all_gather_object(sentences, raises(kind, words, function), group=group)
+        assert len(set(sentences)) == 1, sentences
 
     for words, options in (
         ("features: got 8 on rank 0 and 9 " + of, {"x": wide, "y": wide}),
@@ -272,7 +278,7 @@ def disagreements(group) -> None:
         ("symmetric: got True on rank 0 and False " + of, {"symmetric": False}),
         ("requires_grad of the images: got True on rank 0 and False " + of, {"x": x.detach()}),
     ):
-        raises(ValueError, words, lambda options=options: call(**(options if last else {})))
+        all_raise(ValueError, words, lambda options=options: call(**(options if last else {})))
     # What one rank refuses, all raise in its words.
     for kind, words, options in (
         (ValueError, "text_features: got 9 features, want 8", {"y": wide}),
@@ -280,18 +286,19 @@ def disagreements(group) -> None:
         (ValueError, "smoothing: got 1.5, want a float in [0, 1]", {"smoothing": 1.5}),
         (RuntimeError, 'float64 features run on backend="eager" only', {"x": x.double(), "backend": "native"}),
     ):
-        words = f"{words}"
-        raises(kind, words, lambda options=options: call(**(options if last else {})))
-        raises(kind, f"(on rank {size - 1} of {size})", lambda options=options: call(**(options if last else {})))
+        all_raise(kind, words, lambda options=options: call(**(options if last else {})))
+        all_raise(kind, f"(on rank {size - 1} of {size})", lambda options=options: call(**(options if last else {})))
 
     def lse(x=x, y=y, **options):
         return contrastive_logsumexp(x, y, 5.0, process_group=group, **options)
 
     ids = {"row_ids": torch.arange(3), "col_ids": torch.arange(3)}
-    raises(ValueError, "ids: got False on rank 0 and True " + of, lambda: lse(**(ids if last else {})))
-    raises(ValueError, "col_ids: got None beside row_ids", lambda: lse(**({"row_ids": ids["row_ids"]} if last else {})))
+    all_raise(ValueError, "ids: got False on rank 0 and True " + of, lambda: lse(**(ids if last else {})))
+    all_raise(
+        ValueError, "col_ids: got None beside row_ids", lambda: lse(**({"row_ids": ids["row_ids"]} if last else {}))
+    )
     with torch.no_grad() if last else torch.enable_grad():
-        raises(ValueError, "requires_grad of the images: got True on rank 0 and False " + of, call)
+        all_raise(ValueError, "requires_grad of the images: got True on rank 0 and False " + of, call)
     same_everywhere(group, call())
 
 
@@ -324,3 +331,160 @@ def meshes(group) -> None:
         )
     alone = [dist.new_group([q]) for q in range(4)][rank]
     torch.testing.assert_close(modest_align_loss(x, y, 9.0, process_group=alone, strategy="ring"), whole)
+
+
+class Towers(torch.nn.Module):
+    """Two encoders and a scale; the first layer's parameters get the gradients of many rows."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+        self.text = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+        self.log_scale = torch.nn.Parameter(torch.tensor([2.0]))
+        if unused:
+            self.idle = torch.nn.Linear(3, 3)
+
+    def forward(self, x, y):
+        return self.image(x), self.text(y), self.log_scale.exp()
+
+
+SMOOTHED = {"smoothing": 0.2}
+
+
+def one_process(x, y, model=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the whole batch, and every parameter's gradient."""
+    model = Towers() if model is None else model
+    loss = modest_align_loss(*model(x, y), **SMOOTHED)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_grads(model, expected: dict[str, torch.Tensor]) -> None:
+    got = {name.replace("module.", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    got = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in got.items()}
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error <= 2e-5, f"{name}: {error:.1e}, of norm {got[name].norm() / value.norm():.3f} of what is wanted"
+
+
+def _batch(group, how: str = "unequal", rows: int = 20):
+    x, y = (torch.randn(rows, 6, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    index = shard_of(lengths_of(rows, group.size(), how), group.rank())
+    return x, y, index
+
+
+def data_parallel(group, strategy: str, how: str, **options: Any) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y, own = _batch(group, how)
+    expected, grads = one_process(x, y)
+    model = DistributedDataParallel(Towers(unused="find_unused_parameters" in options), process_group=group, **options)
+    given = {"process_group": group, "strategy": strategy, **SMOOTHED}
+    for _ in range(3):  # static_graph learns in the first
+        model.zero_grad()
+        loss = modest_align_loss(*model(x[own], y[own]), **given)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        assert_grads(model, grads)
+
+
+def accumulated_without_sync(group, strategy: str) -> None:
+    """Two batches, each with its own negatives, averaged once."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y, own = _batch(group)
+    reference_model = Towers()
+    one_process(x, y, reference_model)
+    _, grads = one_process(x.flip(1), y, reference_model)
+    model = DistributedDataParallel(Towers(), process_group=group)
+    given = {"process_group": group, "strategy": strategy, **SMOOTHED}
+    with model.no_sync():
+        modest_align_loss(*model(x[own], y[own]), **given).backward()
+    modest_align_loss(*model(x[own].flip(1), y[own]), **given).backward()
+    assert_grads(model, grads)
+
+
+def cached_features(group, strategy: str) -> None:
+    """GradCache: features without a graph, their gradients, then piece by piece again with them."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y, own = _batch(group, "equal", 24)
+    _, grads = one_process(x, y)
+    model = DistributedDataParallel(Towers(), process_group=group)
+    pieces = own.split(len(own) // 3)
+    with torch.no_grad():
+        features = [[t.clone() for t in model.module(x[i], y[i])[:2]] for i in pieces]
+    of_x, of_y = (torch.cat(t).requires_grad_() for t in zip(*features, strict=True))
+    scale = model.module.log_scale.detach().exp().requires_grad_()
+    modest_align_loss(of_x, of_y, scale, process_group=group, strategy=strategy, **SMOOTHED).backward()
+    start = 0
+    for k, i in enumerate(pieces):
+        rows = slice(start, start := start + len(i))
+        model.require_backward_grad_sync = k == len(pieces) - 1
+        again = model(x[i], y[i])
+        surrogate = (again[0] * of_x.grad[rows]).sum() + (again[1] * of_y.grad[rows]).sum()
+        # the scale's is that of the whole batch already
+        (surrogate + (again[2] * scale.grad).sum() * (k == 0)).backward()
+    assert_grads(model, grads)
+
+
+def fully_sharded(group, strategy: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    x, y, own = _batch(group)
+    expected, grads = one_process(x, y)
+    mesh = dist.DeviceMesh.from_group(group, "cpu")
+    model = Towers()
+    for tower in (model.image, model.text):
+        fully_shard(tower, mesh=mesh)
+    loss_fn = ModestAlignLoss(0.0, 0.2, process_group=mesh, strategy=strategy)
+    loss = loss_fn(*model(x[own], y[own]))
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert_grads(model, grads)  # the scale is outside FSDP, and in step
+
+
+def compiled(group, strategy: str) -> None:
+    x, y, own = _batch(group)
+    expected, grads = one_process(x, y)
+    model = Towers()
+
+    def step(x, y):
+        return 2 * modest_align_loss(*model(x, y), process_group=group, strategy=strategy, **SMOOTHED)
+
+    loss = torch.compile(step, backend="aot_eager")(x[own], y[own])
+    (loss / 2).backward()
+    torch.testing.assert_close(loss / 2, expected)
+    for name, parameter in model.named_parameters():
+        if name != "log_scale":
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= group.size()
+    assert_grads(model, grads)
+
+
+def checkpointed(group, strategy: str, use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x, y, own = _batch(group)
+    loss_fn = ModestAlignLoss(0.3, 0.1, logit_scale=10.0, process_group=group, strategy=strategy)
+    results = []
+    for function in (loss_fn, lambda *a: checkpoint(loss_fn, *a, use_reentrant=use_reentrant)):
+        leaves = [t[own].clone().requires_grad_() for t in (x, y)]
+        torch.manual_seed(group.rank())
+        loss = function(*leaves)
+        loss.backward()
+        results.append((loss.detach(), *(t.grad for t in leaves)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def under_autocast(group, strategy: str) -> None:
+    x, y, own = _batch(group)
+    expected, _ = one_process(x, y)
+    model = Towers()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = modest_align_loss(*model(x[own], y[own]), process_group=group, strategy=strategy, **SMOOTHED)
+    loss.backward()
+    same_everywhere(group, loss)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)

@@ -94,3 +94,23 @@ def test_disagreements_raise_the_same_sentence_on_every_rank(pool, size: int) ->
 
 def test_meshes_and_groups(pool) -> None:
     pool.run("meshes", 4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_data_parallel(pool, strategy: str, options: dict[str, bool]) -> None:
+    pool.run("data_parallel", 3, strategy=strategy, how="unequal", **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "surroundings",
+    ["accumulated_without_sync", "cached_features", "fully_sharded", "compiled", "under_autocast"],
+)
+def test_surroundings(pool, surroundings: str, strategy: str) -> None:
+    pool.run(surroundings, 2, strategy=strategy)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(pool, use_reentrant: bool) -> None:
+    pool.run("checkpointed", 2, strategy="gather", use_reentrant=use_reentrant)
