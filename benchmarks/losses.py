@@ -96,7 +96,7 @@ def first_runs(
 
 def why_too_large(provider: Provider, workload: Workload, run: Run) -> Result | None:
     """The result of a provider that would take more of a CPU's memory than it may, or None."""
-    if run.device != "cpu" or workload.rows <= PREDICT_ROWS:
+    if provider.bounded or run.device != "cpu" or workload.rows <= PREDICT_ROWS:
         return None
     needs, limit = predict_mib(provider, workload, run.device), min(run.memory, free_bytes()) / 2**20
     if needs <= limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +175,8 @@ def test_what_does_not_fit_is_predicted_not_tried(monkeypatch) -> None:
     )
     assert wall["failed"].startswith("needs")
     assert wall["predicted_mib"] == pytest.approx(known["peak_extra_mib"], rel=0.1)
+    bounded = dataclasses.replace(PLAIN_PROVIDER, bounded=True)
+    assert "seconds" in losses.measure(workload, [bounded], clock.Run("cpu", 1, 2.0**19))[PLAIN]
 
 
 def test_noise_hits_all_alike_in_rounds() -> None:
