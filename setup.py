@@ -49,6 +49,14 @@ def variable(name: str, default: str, pattern: str, want: str) -> str:
     return value
 
 
+def experiment() -> str:
+    """What is switched on in the CUDA part, see benchmarks/NOTES.md; Triton's experiments are nothing to a build."""
+    names = "pingpong64|pingpong128|stagger"
+    want = f"{names.replace('|', ', ')}, triton-persistent or nothing"
+    name = variable("MODEST_ALIGN_EXPERIMENT", "", f"({names}|triton-persistent)?", want)
+    return "" if name.startswith("triton") else name
+
+
 def cxx() -> list[str]:
     """The C++ compiler's command, from CXX or the PATH; empty if there is none."""
     command = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
@@ -119,9 +127,10 @@ def ninja_file(out: Path) -> str:
             sys.exit(f"MODEST_ALIGN_CUDA=1: {reason}")
         print(f"The CUDA kernels are left out: {reason}.", file=sys.stderr)
     elif compiler:
-        binding.append("-DMODEST_ALIGN_CUDA")
+        switches = ["-DMODEST_ALIGN_CUDA", *([f"-DMODEST_ALIGN_EXPERIMENT={experiment()}"] if experiment() else [])]
+        binding += switches
         host = [f"-ccbin={cxx()[0]}"] if os.environ.get("CXX") else []
-        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", "-DMODEST_ALIGN_CUDA"]
+        common = [*NVCC_FLAGS, *host, f"-I{CSRC}", f"-I{include}", *switches]
         rules.append(f"rule nvcc\n  command = {compiler} $flags -MD {dependencies}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             edge("nvcc", f"cuda/{source.stem}.o", [source], common)
@@ -140,11 +149,14 @@ def ninja_file(out: Path) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Runs ninja in ``build/native``, wherever setuptools would build: what did not change is not compiled again."""
+    """Runs ninja in ``build/native``, wherever setuptools would build: what did not change is not compiled again.
+
+    An experiment has a folder of its own.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Build and copy to where setuptools wants it."""
-        out = ROOT / "build" / "native"
+        out = ROOT / "build" / "-".join(filter(None, ("native", experiment())))
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(ninja_file(out))
         jobs = variable("MAX_JOBS", str(os.cpu_count() or 1), "[1-9][0-9]*", "a positive integer")
@@ -157,6 +169,7 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     native = variable("MODEST_ALIGN_NATIVE", "auto", "auto|0|1", "0 or 1")
+    experiment()
     reason = "MODEST_ALIGN_NATIVE is 0" if native == "0" else why_no_native()
     if reason and native == "1":
         sys.exit(f"MODEST_ALIGN_NATIVE=1, but the native kernels cannot be built: {reason}")

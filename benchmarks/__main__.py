@@ -93,7 +93,7 @@ def parse(args: list[str] | None, device: str) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", metavar="B", help="these batch sizes instead")
     add("--features", type=int, nargs="+", metavar="D", help="these widths instead")
     add("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
-    add("--only", nargs="+", choices=KINDS, help="the losses, the operations, ...")
+    add("--only", nargs="+", choices=KINDS, help="the loss, its operations, the training step, or other losses")
     add("--providers", nargs="+", metavar="NAME", help="only those whose name has this part (plain is ours to compare)")
     add("--rounds", type=int, metavar="N", help=f"at most this many, {ROUNDS[device]} by default")
     add("--budget", type=float, metavar="SECONDS", help="start no further shape after so long")

@@ -22,17 +22,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_build import kept
 from benchmarks.results import write
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 480
 BACKENDS = ("native", "triton")
-# Values of MODEST_ALIGN_EXPERIMENT, and the backend whose kernels each changes: a new one is a word here.
+# Values of MODEST_ALIGN_EXPERIMENT, and the backend whose kernels each changes: a new one is a word here. Native's are
+# builds of their own.
 EXPERIMENTS = {"native": ("pingpong64", "pingpong128", "stagger"), "triton": ("triton-persistent",)}
 WORKSPACES_MIB = ("128", "512")  # beside 256, which is the default
 # Parts of our kernels' names: PyTorch's own are not instrumented.
 KERNELS = ("matmul_kernel", "contrastive_", "grads_kernel", "perturb_normalize", "merge_kernel")
-KERNELS += ("factors_kernel", "bounds_kernel")
+KERNELS += ("factors_kernel", "bounds_kernel", "pair_losses", "sums_kernel")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 BEHAVIOUR = "repeat or no_host_sync or graph_capture"
 LARGE = "2_31 or 65536 or half_a_million"
@@ -50,6 +52,7 @@ class Step:
         env: environment variables beside those that are set.
         switches: variables that a build may not know: it is then left out.
         needs: a program without which it is left out.
+        extension: the experiment whose build, if OUT has it, the command's module runs on.
         gates: its failure is the whole command's.
     """
 
@@ -59,17 +62,20 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
     switches: dict[str, str] = field(default_factory=dict)
     needs: str = ""
+    extension: str = ""
     gates: bool = True
 
 
 def steps_of(part: int, dry: bool = False) -> list[Step]:
     """A part's steps, most telling first; with ``dry`` as they run without a GPU: tiny, and tests only collected."""
     python = (sys.executable, "-m")
+    builder = (*python, "benchmarks.gpu_build", "{out}")
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry else {}
 
-    def measure(name: str, seconds: int, *args: str, **fields: Any) -> Step:
-        command = (*python, "benchmarks.gpu_measurements", *args, *(["--tiny"] if dry else []), "--result", "{result}")
-        return Step(name, seconds, command, env=interpreted, **fields)
+    def measure(name: str, seconds: int, *args: str, extension: str = "", **fields: Any) -> Step:
+        run = ("benchmarks.gpu_measurements", *args, *(["--tiny"] if dry else []), "--result", "{result}")
+        command = (*builder, "--with", extension, *run) if extension else (*python, *run)
+        return Step(name, seconds, command, env=interpreted, extension=extension, **fields)
 
     def tests(*args: str) -> tuple[str, ...]:
         # A test that hangs shows its stack before the step is killed.
@@ -103,7 +109,7 @@ def steps_of(part: int, dry: bool = False) -> list[Step]:
         )
 
     machine = Step("machine", 10, ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"), needs="nvidia-smi")
-    build = Step("build", 60, (*python, "benchmarks.gpu_build", "{out}"), gates=False)
+    build = Step("build", 60, builder, gates=False)
     if part == 1:
         return [
             machine,
@@ -121,18 +127,21 @@ def steps_of(part: int, dry: bool = False) -> list[Step]:
             Step("machine-code", 10, tests("tests/test_cuda_compile.py"), gates=False),
         ]
     if part == 2:
-        compared = [(each, {"MODEST_ALIGN_EXPERIMENT": value}) for each in BACKENDS for value in EXPERIMENTS[each]]
-        compared += [(each, {"MODEST_ALIGN_WORKSPACE_MIB": mib}) for mib in WORKSPACES_MIB for each in BACKENDS]
+        experiments = [(each, value) for each in BACKENDS for value in EXPERIMENTS[each]]
+        workspaces = [(each, mib) for mib in WORKSPACES_MIB for each in BACKENDS]
+
+        def compare(backend: str, variable: str, value: str) -> Step:
+            extension = value if backend == "native" and variable == "MODEST_ALIGN_EXPERIMENT" else ""
+            args = f"{backend}-with-{value}", 20, "operations", "--backend", backend
+            return measure(*args, extension=extension, switches={variable: value})
+
         return [
             machine,
-            build,
+            Step("builds", 80, (*builder, *EXPERIMENTS["native"]), gates=False),
             measure("addmm", 30, "addmm"),
             *(measure(f"as-it-is-{each}", 20, "operations", "--backend", each) for each in BACKENDS),
-            *(
-                measure(f"{each}-with-{value}", 20, "operations", "--backend", each, switches=switches)
-                for each, switches in compared
-                for value in switches.values()
-            ),
+            *(compare(each, "MODEST_ALIGN_EXPERIMENT", value) for each, value in experiments),
+            *(compare(each, "MODEST_ALIGN_WORKSPACE_MIB", mib) for each, mib in workspaces),
             *(measure(f"host-{each}", 20, "host", "--backend", each) for each in BACKENDS),
             *(measure(f"clocks-{each}", 25, "clocks", "--backend", each) for each in BACKENDS),
             *(measure(f"profile-{each}", 35, "profile", "--backend", each, gates=False) for each in BACKENDS),
@@ -158,21 +167,23 @@ def _sources() -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
-def why_left_out(step: Step) -> str | None:
-    """What a step needs and is not here, or None: a program, or a switch whose name is nowhere in the sources."""
+def why_left_out(step: Step, out: Path) -> str | None:
+    """What a step needs and is not here, or None: a program, a build, or a switch that is nowhere in the sources."""
     if step.needs and shutil.which(step.needs) is None:
         return f"{step.needs} is not on the PATH"
     for name, value in step.switches.items():
         for word in (name, value) if name == "MODEST_ALIGN_EXPERIMENT" else (name,):
             if f'"{word}"' not in _sources():
                 return f"this build knows no {word}"
+    if step.extension and not kept(out, step.extension).exists():
+        return f"there is no build of {step.extension} in {out}"
     return None
 
 
 def run_step(step: Step, out: Path, gpu: str) -> dict[str, Any]:
     """Run a step, or say why not: its record."""
     record = {"status": "left out", "seconds": 0.0, "allowed": step.seconds, "gpu": gpu, "gates": step.gates}
-    reason = why_left_out(step)
+    reason = why_left_out(step, out)
     if reason is not None:
         return {**record, "last": reason}
     with tempfile.TemporaryDirectory() as folder, (out / "gpu-check.log").open("ab+") as log:
@@ -217,7 +228,7 @@ def run(steps: list[Step], out: Path, gpu: str, again: tuple[str, ...] = ()) -> 
         asked = {"all", step.name} & set(again) or ("failed" in again and kept and kept["status"] != "ok")
         done = kept and kept["gpu"] == gpu and kept["status"] != "left out"
         # Whether the extension is in place is of this checkout, not of OUT.
-        if done and not asked and step.name != "build":
+        if done and not asked and not step.name.startswith("build"):
             continue
         print(f"{step.name} ...", flush=True)
         records[step.name] = run_step(step, out, gpu)

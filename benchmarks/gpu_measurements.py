@@ -139,7 +139,7 @@ def addmm(device: str, sizes: Sizes, backend: str) -> Iterator[Result]:
 
 
 def operation(device: str, sizes: Sizes, backend: str) -> Iterator[Result]:
-    """A backend's four functions beside their floors; eager's, first, are what they are held against."""
+    """A backend's five functions beside their floors; eager's, first, are what they are held against."""
     for features in sizes.features:
         workload = Workload("operations", sizes.rows, features, sizes.dtype)
         results = operations.measure(workload, Run(device, sizes.rounds), ["eager", backend])

@@ -1,4 +1,4 @@
-"""A backend's four functions, each beside its own floor."""
+"""A backend's five functions, each beside its own floor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from modest_align_kernels import available_backends, ops
 from modest_align_kernels.dispatch import operand_dtype
 from modest_align_kernels.noise import IMAGES, TEXTS
 
-OPERATIONS = ("perturb_normalize", "perturb_normalize_backward", "contrastive_stats", "contrastive_grads")
+OPERATIONS = (
+    "perturb_normalize",
+    "perturb_normalize_backward",
+    "pair_losses",
+    "contrastive_stats",
+    "contrastive_grads",
+)
+SMOOTHING = 0.1  # of pair_losses, which without it are vectors of length B alone
 L2_BYTES = 2**28
 
 
@@ -51,20 +58,23 @@ def element_bytes(workload: Workload, device: str) -> dict[str, int]:
 def work(operation: str, rows: int, features: int, feature_bytes: int, operand_bytes: int) -> Work:
     """An operation's work for B = N = ``rows``; of the first two, one side's.
 
-    Left out are vectors of length B, O(B D) flops, and the B N exponentials of each of the last two.
+    Left out are vectors of length B, O(B D) flops, and the B N exponentials of each of the last two. The second is
+    without smoothing, which would read the pairs' rows once more.
     """
     elements, matmul = rows * features, 2 * rows * rows * features
     return {
         "perturb_normalize": Work(elements * (feature_bytes + operand_bytes), 0),
         # read: the gradient, its own and its pair's rows
         "perturb_normalize_backward": Work(elements * (4 + 2 * operand_bytes + feature_bytes), 0),
+        # read: both sides' rows, which a backend reads twice
+        "pair_losses": Work(2 * elements * operand_bytes, 0),
         "contrastive_stats": Work(2 * elements * operand_bytes, matmul),
         "contrastive_grads": Work(2 * elements * (operand_bytes + 4), 3 * matmul),
     }[operation]
 
 
 def tasks_of(backend: str, x: Tensor, y: Tensor, scale: Tensor) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """A backend's four functions on the tensors of a training step: images normalised with noise, and so on."""
+    """A backend's five functions on the tensors of a training step: images normalised with noise, and so on."""
     operand = operand_dtype(x.dtype, x.device, backend)
     noise = torch.zeros((), dtype=torch.int64, device=x.device), torch.full_like(scale, 0.02)
     normalize = partial(ops.perturb_normalize, operand_dtype=operand, backend=backend)
@@ -75,24 +85,27 @@ def tasks_of(backend: str, x: Tensor, y: Tensor, scale: Tensor) -> dict[str, Cal
     # As in a step: what a backend keeps for the backward is kept.
     stats = partial(ops.contrastive_stats, *logits, *excluded, col_count=len(x), keep=True, **where)
     *lse, exponentials = stats()
-    weights = (torch.sigmoid(each - scale * dot) for each in lse)
+    smoothing = torch.full_like(scale, SMOOTHING)
+    pair_losses = partial(ops.pair_losses, *lse, dot, scale, smoothing, x_hat, y_hat, None, None, **where)
+    _, *weights, pair_weight = pair_losses()[:4]
     softmaxes = *lse, *weights, *excluded, exponentials
     grads = partial(ops.contrastive_grads, *logits, *softmaxes, want_x=True, want_y=True, **where)
     grad_x, _ = grads()
-    offset = torch.zeros(2, x_hat.shape[1], device=x.device)
+    unsmoothed = None, None, None, dot, dot
     backward = partial(ops.perturb_normalize_backward, features=x.shape[1], dtype=x.dtype, **where)
     return {
         "perturb_normalize": perturb_normalize,
         "perturb_normalize_backward": partial(
-            backward, grad_x, x_hat, inv_norm, y_hat, -torch.ones_like(dot), offset, scale
+            backward, grad_x, x_hat, inv_norm, y_hat, pair_weight, scale, scale, *unsmoothed
         ),
+        "pair_losses": pair_losses,
         "contrastive_stats": stats,
         "contrastive_grads": grads,
     }
 
 
 def measure(workload: Workload, run: Run, chosen: list[str] | None = None) -> dict[Key, Result]:
-    """The four functions of every backend that runs here, or of ``chosen``, each with "seconds", and so their floors.
+    """The five functions of every backend that runs here, or of ``chosen``, each with "seconds", and so their floors.
 
     The floor of ``contrastive_stats`` is one matmul of the shape and ``contrastive_grads``'s is three; the others' is a
     copy of the bytes that they must move.
@@ -110,7 +123,7 @@ def measure(workload: Workload, run: Run, chosen: list[str] | None = None) -> di
             for name, task in mine.items():
                 output = task()
                 for value, truth in zip(output, expected.setdefault(name, output), strict=True):
-                    if not value.numel():  # images are paired with nothing
+                    if not value.numel() or not truth.numel():  # no pairs of images; kept by one of the two alone
                         continue
                     error = distance(*(t[:, :features] if t.dim() == 2 else t for t in (value, truth)))
                     assert error <= LARGEST_ERROR[workload.dtype][1], f"{name}: differs by {error:.1e} from eager"
@@ -122,7 +135,7 @@ def measure(workload: Workload, run: Run, chosen: list[str] | None = None) -> di
     operand = operand_dtype(x.dtype, x.device, "eager")
     matmuls = floor_of("four matmuls")
     tasks[matmuls] = floor(x.to(operand), y.to(operand))
-    for name in ("perturb_normalize", "perturb_normalize_backward"):
+    for name in ("perturb_normalize", "perturb_normalize_backward", "pair_losses"):
         half = work(name, rows, features, x.element_size(), operand.itemsize).bytes // 2
         source, target = (torch.empty(half, dtype=torch.int8, device=device) for _ in range(2))
         tasks[floor_of(name)] = partial(target.copy_, source)

@@ -90,7 +90,7 @@ def full_tables(stored: Result) -> str:
     parts = [heading(stored, stored["workloads"])]
     for title, kind, rows in (
         ("The loss, forward + backward", "loss", loss_table),
-        ("The four operations", "operations", operations_table),
+        ("The operations", "operations", operations_table),
         ("One training step", "step", step_table),
     ):
         if select(stored, kind):
@@ -177,7 +177,7 @@ def absences(stored: Result) -> list[str]:
 
 
 def operations_table(stored: Result) -> str:
-    """The four functions of every backend: time, rate, fraction of their own floor."""
+    """The five functions of every backend: time, rate, fraction of their own floor."""
     columns = [*SHAPE, "operation", "backend", "ms, median (quartiles)>", "rate>", "of its floor>"]
     rows = []
     for case in select(stored, "operations"):

@@ -46,7 +46,7 @@ def bench_loss(benchmark: Any, provider: Provider, rows: int, features: int) -> 
 
 
 def bench_operation(benchmark: Any, name: str, backend: str, rows: int, features: int) -> None:
-    """One of a backend's four functions; the tests hold their parity."""
+    """One of a backend's five functions; the tests hold their parity."""
     inputs = make_inputs(Workload("operations", rows, features, DTYPE), DEVICE)
     task = tasks_of(backend, *(t.detach() for t in inputs[:3]))[name]
     benchmark.group = f"{name} {rows:,} x {features:,} {DTYPE}"

@@ -48,7 +48,7 @@ class Workload:
     """One shape: B = ``rows`` pairs of D = ``features``.
 
     Attributes:
-        kind: "loss" (every provider side by side), "operations" (a backend's four functions), "step" (one training
+        kind: "loss" (every provider side by side), "operations" (a backend's five functions), "step" (one training
             step of the reference trainer) or one of OTHER_LOSSES.
         rows: B.
         features: D.

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "experiment.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -90,6 +91,11 @@ Fields<A> device() {
 }
 
 template <class A>
+Fields<A> workspace() {
+  return {FIELD(workspace)};
+}
+
+template <class A>
 Fields<A> extents() {
   return {FIELD(rows), FIELD(columns), FIELD(col_count)};
 }
@@ -106,6 +112,46 @@ Fields<A> softmaxes() {
   return logits<A>() + Fields<A>{FIELD(row_lse), FIELD(col_lse), FIELD(row_weight), FIELD(col_weight)};
 }
 
+template <class A>
+Fields<A> perturb_normalize_backward() {
+  return {FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
+          FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
+          FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
+          FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
+          FIELD(width)};
+}
+
+template <class A>
+Fields<A> pair_losses() {
+  return Fields<A>{FIELD(row_lse),
+                   FIELD(col_lse),
+                   FIELD(pair_dot),
+                   FIELD(scale),
+                   FIELD(losses),
+                   FIELD(row_weight),
+                   FIELD(col_weight),
+                   FIELD(pair_weight),
+                   FIELD(smoothing),
+                   FIELD(x_hat),
+                   FIELD(y_hat),
+                   FIELD(operand_dtype),
+                   FIELD(row_ids),
+                   FIELD(col_ids),
+                   FIELD(slope),
+                   FIELD(row_negative_weight),
+                   FIELD(col_negative_weight),
+                   FIELD(width)} +
+         extents<A>();
+}
+
+// And beside it NAME_workspace, which takes the same arguments but this one.
+template <class Arguments, class Function, class Size>
+void define_with_workspace(py::module_& m, const std::string& name, const Fields<Arguments>& fields, Function function,
+                           Size size) {
+  define(m, name, fields + workspace<Arguments>(), function);
+  define(m, name + "_workspace", fields, size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -119,36 +165,11 @@ PYBIND11_MODULE(_C, m) {
       FIELD(pair_dot), FIELD(rows),      FIELD(pairs),         FIELD(features),
       FIELD(width)};
   using Backward = PerturbNormalizeBackward;
-  const Fields<Backward> perturb_normalize_backward{
-      FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
-      FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
-      FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
-      FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
-      FIELD(width)};
-  const Fields<PairLosses> pair_losses = Fields<PairLosses>{FIELD(row_lse),
-                                                            FIELD(col_lse),
-                                                            FIELD(pair_dot),
-                                                            FIELD(scale),
-                                                            FIELD(losses),
-                                                            FIELD(row_weight),
-                                                            FIELD(col_weight),
-                                                            FIELD(pair_weight),
-                                                            FIELD(smoothing),
-                                                            FIELD(x_hat),
-                                                            FIELD(y_hat),
-                                                            FIELD(operand_dtype),
-                                                            FIELD(row_ids),
-                                                            FIELD(col_ids),
-                                                            FIELD(slope),
-                                                            FIELD(row_negative_weight),
-                                                            FIELD(col_negative_weight),
-                                                            FIELD(width)} +
-                                         extents<PairLosses>();
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;
-  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse), FIELD(workspace)};
-  const Fields<Grads> grads = softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y), FIELD(workspace)};
+  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse)};
 
+  m.attr("experiment") = kExperiment;
   m.def("cpu_level", [] { return cpu_kernels().level; });
   m.def("cpu_bfloat16", [] { return cpu_kernels().bfloat16; });
   m.def("set_cpu_level", [](const char* level) { return set_cpu_level(level); });
@@ -159,39 +180,39 @@ PYBIND11_MODULE(_C, m) {
   });
   define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
          [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
-  const Fields<Backward> backward_workspace{FIELD(workspace)};
-  const Fields<PairLosses> pair_workspace{FIELD(workspace)};
-  define(m, "cpu_perturb_normalize_backward", perturb_normalize_backward + backward_workspace + threads<Backward>(),
-         [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); });
-  define(m, "cpu_pair_losses", pair_losses + pair_workspace + threads<PairLosses>(),
-         [](const PairLosses& a) { cpu_kernels().pair_losses(a); });
-  define(m, "cpu_perturb_normalize_backward_workspace",
-         Fields<Backward>{FIELD(smoothing), FIELD(pair_ids), FIELD(pairs), FIELD(width)},
-         [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
-  define(m, "cpu_pair_losses_workspace",
-         Fields<PairLosses>{FIELD(smoothing), FIELD(row_ids), FIELD(col_ids), FIELD(width)} + extents<PairLosses>(),
-         [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
-  define(m, "cpu_contrastive_stats", stats + threads<Stats>(),
-         [](const Stats& a) { cpu_kernels().contrastive_stats(a); });
-  define(m, "cpu_contrastive_grads", grads + threads<Grads>(),
-         [](const Grads& a) { cpu_kernels().contrastive_grads(a); });
-  define(m, "cpu_contrastive_stats_workspace",
-         extents<Stats>() + Fields<Stats>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
-         [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
-  define(m, "cpu_contrastive_grads_workspace",
-         extents<Grads>() + Fields<Grads>{FIELD(width), FIELD(operand_dtype), FIELD(threads)},
-         [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
+  define_with_workspace(
+      m, "cpu_perturb_normalize_backward", perturb_normalize_backward<Backward>() + threads<Backward>(),
+      [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); },
+      [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
+  define_with_workspace(
+      m, "cpu_pair_losses", pair_losses<PairLosses>() + threads<PairLosses>(),
+      [](const PairLosses& a) { cpu_kernels().pair_losses(a); },
+      [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
+  define_with_workspace(
+      m, "cpu_contrastive_stats", stats + threads<Stats>(), [](const Stats& a) { cpu_kernels().contrastive_stats(a); },
+      [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
+  define_with_workspace(
+      m, "cpu_contrastive_grads", softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y)} + threads<Grads>(),
+      [](const Grads& a) { cpu_kernels().contrastive_grads(a); },
+      [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
 
 #ifdef MODEST_ALIGN_CUDA
   m.attr("cuda") = true;
   m.def("cuda_error_string", &cuda::error_string);
   define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
-  define(m, "cuda_perturb_normalize_backward", perturb_normalize_backward + device<Backward>(),
-         cuda::perturb_normalize_backward);
+  using CudaBackward = cuda::PerturbNormalizeBackward;
+  using CudaPairs = cuda::PairLosses;
+  define_with_workspace(
+      m, "cuda_perturb_normalize_backward",
+      perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{FIELD(pair_order)} + device<CudaBackward>(),
+      cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
+  define_with_workspace(
+      m, "cuda_pair_losses",
+      pair_losses<CudaPairs>() + Fields<CudaPairs>{FIELD(row_order), FIELD(col_order)} + device<CudaPairs>(),
+      cuda::pair_losses, cuda::pair_losses_workspace);
+  define_with_workspace(m, "cuda_contrastive_stats", stats + Fields<Stats>{FIELD(workspace_bytes)} + device<Stats>(),
+                        cuda::contrastive_stats, cuda::contrastive_stats_workspace);
   using G = cuda::ContrastiveG;
-  const Fields<Stats> limit{FIELD(workspace_bytes)};
-  define(m, "cuda_contrastive_stats", stats + limit + device<Stats>(), cuda::contrastive_stats);
-  define(m, "cuda_contrastive_stats_workspace", extents<Stats>() + limit, cuda::contrastive_stats_workspace);
   const Fields<G> factors{FIELD(row_factor), FIELD(col_factor)};
   const Fields<G> block{FIELD(g),          FIELD(g_stride),     FIELD(first_row),
                         FIELD(block_rows), FIELD(first_column), FIELD(block_columns)};

@@ -1,4 +1,4 @@
-// Arithmetic of extents, for every part.
+// Arithmetic of extents, for every part; nvcc takes what is constexpr into kernels.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@ namespace modest_align {
 #define MODEST_ALIGN_METHOD inline __attribute__((always_inline))
 #define MODEST_ALIGN_INLINE static MODEST_ALIGN_METHOD
 
-MODEST_ALIGN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-MODEST_ALIGN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-MODEST_ALIGN_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-MODEST_ALIGN_INLINE std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+MODEST_ALIGN_INLINE constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+MODEST_ALIGN_INLINE constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+MODEST_ALIGN_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+MODEST_ALIGN_INLINE constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // The length of the fewest equal parts of `total` that have at most `largest`, rounded up to whole multiples.
 MODEST_ALIGN_INLINE std::int64_t even_part(std::int64_t total, std::int64_t largest, std::int64_t multiple) {

@@ -128,8 +128,7 @@ struct CpuKernels {
   void (*pair_losses)(const PairLosses&);
   void (*contrastive_stats)(const ContrastiveStats&);
   void (*contrastive_grads)(const ContrastiveGrads&);
-  // Bytes of the workspaces of those above that have one, from extents, operand_dtype, threads and null addresses
-  // alone.
+  // Bytes of the workspaces of those above that have one, from all their other arguments.
   std::int64_t (*perturb_normalize_backward_workspace)(const PerturbNormalizeBackward&);
   std::int64_t (*pair_losses_workspace)(const PairLosses&);
   std::int64_t (*contrastive_stats_workspace)(const ContrastiveStats&);
@@ -150,7 +149,22 @@ namespace cuda {
 
 const char* error_string(int status);
 int perturb_normalize(const PerturbNormalize&);
+
+// With ids these two also take the order of each side's rows whose sums they need: the rows' numbers by ascending id.
+struct PerturbNormalizeBackward : modest_align::PerturbNormalizeBackward {
+  const std::int64_t* pair_order;  // [pair_rows]
+};
 int perturb_normalize_backward(const PerturbNormalizeBackward&);
+
+struct PairLosses : modest_align::PairLosses {
+  const std::int64_t* row_order;  // [rows]
+  const std::int64_t* col_order;  // [columns]
+};
+int pair_losses(const PairLosses&);
+
+// Bytes of their workspaces, from all their other arguments.
+std::int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward&);
+std::int64_t pair_losses_workspace(const PairLosses&);
 
 int contrastive_stats(const ContrastiveStats&);
 // Bytes of its workspace: at most `workspace_bytes`, if 256 rows at a time can do with so few.

@@ -100,27 +100,29 @@ class ContrastiveLoss(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         """Args as :func:`modest_align_kernels.modest_align_loss`; no smoothing is None."""
-        rows, backend = x.shape[0], options.backend
+        # torch.export traces through here with gradients on, and would keep those of some operators alone.
+        with torch.no_grad():
+            rows, backend = x.shape[0], options.backend
 
-        def perturb_normalize(features: Tensor, noise_stream: int, pair_hat: Tensor | None) -> tuple[Tensor, ...]:
-            noise = seed, noise_std, noise_stream, options.relative_noise
-            return ops.perturb_normalize(
-                features, *noise, pair_hat, operand_dtype=options.operand_dtype, backend=backend
+            def perturb_normalize(features: Tensor, noise_stream: int, pair_hat: Tensor | None) -> tuple[Tensor, ...]:
+                noise = seed, noise_std, noise_stream, options.relative_noise
+                return ops.perturb_normalize(
+                    features, *noise, pair_hat, operand_dtype=options.operand_dtype, backend=backend
+                )
+
+            x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
+            y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
+            row_lse, col_lse, exponentials = ops.contrastive_stats(
+                *(x_hat, y_hat, scale, row_ids, col_ids, True),
+                col_count=rows if options.symmetric else 0,
+                keep=options.keep,
+                backend=backend,
             )
-
-        x_hat, x_inv_norm, _ = perturb_normalize(x, IMAGES, None)
-        y_hat, y_inv_norm, pair_dot = perturb_normalize(y, TEXTS, x_hat)
-        row_lse, col_lse, exponentials = ops.contrastive_stats(
-            *(x_hat, y_hat, scale, row_ids, col_ids, True),
-            col_count=rows if options.symmetric else 0,
-            keep=options.keep,
-            backend=backend,
-        )
-        losses, *of_pairs = ops.pair_losses(
-            row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
-        )
-        loss = losses.mean() if options.mean else losses
-        return loss, row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
+            losses, *of_pairs = ops.pair_losses(
+                row_lse, col_lse, pair_dot, scale, smoothing, x_hat, y_hat, row_ids, col_ids, backend=backend
+            )
+            loss = losses.mean() if options.mean else losses
+            return loss, row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm, *of_pairs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,16 +185,17 @@ class ContrastiveLogsumexp(torch.autograd.Function):
         x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, options: Options
     ) -> tuple[Tensor, ...]:
         """Args as :func:`modest_align_kernels.contrastive_logsumexp`."""
-        of_operands: dict[str, Any] = {"operand_dtype": options.operand_dtype, "backend": options.backend}
-        x_hat, x_inv_norm, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **of_operands)
-        y_hat, y_inv_norm, _ = ops.perturb_normalize(y, None, None, TEXTS, False, None, **of_operands)
-        row_lse, col_lse, exponentials = ops.contrastive_stats(
-            *(x_hat, y_hat, scale, row_ids, col_ids, False),
-            col_count=y.shape[0],
-            keep=options.keep,
-            backend=options.backend,
-        )
-        return row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm
+        with torch.no_grad():  # as above
+            of_operands: dict[str, Any] = {"operand_dtype": options.operand_dtype, "backend": options.backend}
+            x_hat, x_inv_norm, _ = ops.perturb_normalize(x, None, None, IMAGES, False, None, **of_operands)
+            y_hat, y_inv_norm, _ = ops.perturb_normalize(y, None, None, TEXTS, False, None, **of_operands)
+            row_lse, col_lse, exponentials = ops.contrastive_stats(
+                *(x_hat, y_hat, scale, row_ids, col_ids, False),
+                col_count=y.shape[0],
+                keep=options.keep,
+                backend=options.backend,
+            )
+            return row_lse, col_lse, x_hat, y_hat, exponentials, x_inv_norm, y_inv_norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -44,7 +44,7 @@ def modest_align_loss(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D).
+    r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D) and a workspace of constant size.
 
     .. math::
         \tilde x = x + \sigma \epsilon, \quad \hat x = \tilde x / \max(|\tilde x|, 10^{-12})

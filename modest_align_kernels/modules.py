@@ -65,6 +65,7 @@ class ModestAlignLoss(nn.Module):
         learn_scale: whether the owned scale is a parameter.
         max_scale: the learned scale's upper bound; None: no bound. While ``log_scale`` is above it the scale is
             ``max_scale``, and ``log_scale`` gets no gradient but one that lowers it.
+        reduction: "mean", "sum" or "none"; see :func:`modest_align_kernels.modest_align_loss`.
         symmetric: False keeps only the image-to-text direction.
         process_group: see :func:`modest_align_kernels.modest_align_loss`.
         backend: "auto", or a name of :func:`modest_align_kernels.available_backends`.
@@ -90,6 +91,7 @@ class ModestAlignLoss(nn.Module):
         logit_scale: Tensor | float | None = None,
         learn_scale: bool = False,
         max_scale: float | None = None,
+        reduction: str = "mean",
         symmetric: bool = True,
         process_group: ProcessGroup | None = None,
         backend: str = "auto",
@@ -103,6 +105,7 @@ class ModestAlignLoss(nn.Module):
         self.fixed_scale = logit_scale
         self.log_scale: nn.Parameter | None = None
         self.max_scale = None if max_scale is None else float(max_scale)
+        self.reduction = reduction
         self.symmetric = symmetric
         self.process_group = process_group
         self.backend = backend
@@ -180,6 +183,7 @@ class ModestAlignLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of one batch.
 
@@ -191,9 +195,10 @@ class ModestAlignLoss(nn.Module):
                 zero and changes nothing.
             output_dict: return ``{"contrastive_loss": loss}``.
             group_ids: see :func:`modest_align_kernels.modest_align_loss`.
+            weights: likewise.
 
         Returns:
-            The mean loss, 0-dim float32, or the dictionary that holds it.
+            The loss, 0-dim float32 ([B] with ``reduction="none"``), or the dictionary that holds it.
 
         Raises:
             ValueError: no scale is passed and none is owned, or one is passed beside a learned one; otherwise as
@@ -219,6 +224,8 @@ class ModestAlignLoss(nn.Module):
             relative_noise=self.relative_noise,
             smoothing=self.smoothing,
             group_ids=group_ids,
+            weights=weights,
+            reduction=self.reduction,
             symmetric=self.symmetric,
             process_group=self.process_group,
             backend=self.backend,
@@ -237,8 +244,8 @@ class ModestAlignLoss(nn.Module):
             scale += " (learned)" if self.max_scale is None else f" (learned, at most {self.max_scale})"
         return (
             f"noise_std={_shown(self.noise_std)}, smoothing={_shown(self.smoothing)}, "
-            f"relative_noise={self.relative_noise}, logit_scale={scale}, symmetric={self.symmetric}, "
-            f"backend={self.backend!r}"
+            f"relative_noise={self.relative_noise}, logit_scale={scale}, "
+            f"reduction={self.reduction!r}, symmetric={self.symmetric}, backend={self.backend!r}"
         )
 
 

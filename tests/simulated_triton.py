@@ -15,7 +15,16 @@ import torch
 
 from modest_align_kernels import dispatch, modest_align_loss, noise
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
-from tests.operator_checks import assert_like_eager, assert_rows_like_eager, operands, slow_but
+from tests.operator_checks import (
+    GROUP_PATTERNS,
+    assert_like_eager,
+    assert_pairs_like_eager,
+    assert_rows_like_eager,
+    assert_sides_like_eager,
+    numbered_groups,
+    operands,
+    slow_but,
+)
 from tests.ptx_simulator.machine import Order
 from tests.ptx_simulator.memory import Fault
 
@@ -26,7 +35,10 @@ FILES = [
     ("merge_kernel", "contrastive_stats"),
     ("contrastive_grads_kernel", "contrastive_grads"),
     ("softmax_factors_kernel", "contrastive_grads"),
+    ("fold_sums_kernel", "group_sums"),
+    ("group_sums_kernel", "group_sums"),
     ("ids_bounds_kernel", "logits"),
+    ("pair_losses_kernel", "pair_losses"),
     ("perturb_normalize_kernel", "perturb_normalize"),
     ("perturb_normalize_backward_kernel", "perturb_normalize"),
 ]
@@ -49,6 +61,8 @@ def driver(simulator, monkeypatch: pytest.MonkeyPatch):
     for name in ("contrastive_stats", "contrastive_grads"):
         module = import_module(f"modest_align_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "choose_tile", lambda device, dtype: tiles.TILES[90, dtype])
+    group_sums = import_module("modest_align_kernels.backends.triton.group_sums")
+    monkeypatch.setattr(group_sums, "_INTERPRETER_TILE_ROWS", group_sums._TILE_ROWS)
     monkeypatch.setattr(dispatch, "choose", lambda *args: "triton")
     torch.manual_seed(0)
     simulator.order, simulator.execute = Order(warps=4), True
@@ -119,6 +133,27 @@ def test_rows_of_any_width(driver, dtype: torch.dtype, features: int) -> None:
     assert_rows_like_eager(dtype, features, "triton")
 
 
+# Around the 64 rows that a program sums, its 256 features, and once the 64 pieces of a run that another adds up.
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [
+        *slow_but(
+            {((70, 200, 320), "large groups", torch.float16), ((40, 65, 64), "groups", torch.float32)},
+            ((1, 1, 64), (40, 65, 64), (64, 128, 256), (70, 200, 320)),
+            GROUP_PATTERNS,
+            DTYPES,
+        ),
+        pytest.param((10, 4300, 64), "one group", torch.float16, marks=pytest.mark.slow),
+    ],
+)
+def test_pairs_and_sums(driver, shape: tuple[int, int, int], groups: str, dtype: torch.dtype) -> None:
+    rows, columns, width = shape
+    hats, ids = operands(*shape, 14.3, "pairs", dtype)[:2], numbered_groups(groups, rows, columns)
+    for col_count in (rows, 0):
+        assert_pairs_like_eager(*hats, *ids, 0.3, col_count, "triton")
+    assert_sides_like_eager(*hats, *ids, 0.3, width, dtype, "triton")
+
+
 @pytest.mark.parametrize("first_row", [0, 2**32 - 3])
 def test_noise_has_the_references_integers(driver, first_row: int) -> None:
     import triton
@@ -146,7 +181,8 @@ def test_another_order_gives_the_same_bits(driver) -> None:
         driver.order = order
         torch.manual_seed(0)
         image, text = x.clone().requires_grad_(), y.clone().requires_grad_()
-        loss = triton_loss(image, text, 100.0, noise_std=0.1, relative_noise=True, smoothing=0.1)
+        options = {"noise_std": 0.1, "relative_noise": True, "smoothing": 0.1, "group_ids": torch.arange(9) // 2}
+        loss = triton_loss(image, text, 100.0, **options)
         results.append((loss, *torch.autograd.grad(loss, (image, text))))
     for ours, other in zip(*results, strict=True):
         assert torch.equal(ours, other)
@@ -168,29 +204,65 @@ def test_what_is_compiled(driver, monkeypatch: pytest.MonkeyPatch) -> None:
         kernel.device_caches.clear()
     driver.compiled.clear()
     step(300, 512, torch.bfloat16)
-    without_ids = dict.fromkeys(kernels.keys() - {"ids_bounds_kernel"}, 1)
-    assert driver.compiled == without_ids
-    for rows in (1, 16, 255, 256, 257, 1000, 1001):
-        step(rows, 512, torch.bfloat16)
-    assert driver.compiled == without_ids
+    plain = dict.fromkeys(kernels.keys() - {"ids_bounds_kernel", "group_sums_kernel", "fold_sums_kernel"}, 1)
+    assert driver.compiled == plain
+    sums = {"group_sums_kernel": 1, "fold_sums_kernel": 1}
+    smoothed = {"pair_losses_kernel": 1, "perturb_normalize_backward_kernel": 1}
+    # of both sides without weights, and of one with them
+    smoothed |= dict.fromkeys(sums, 2)
+    groups = {"group_ids": torch.arange(300) // 2}
     for options, also in (
-        ({"smoothing": 0.1}, ()),
-        ({"symmetric": False}, ()),
-        ({"noise_std": 0.1}, ("perturb_normalize_kernel",)),
-        ({"noise_std": 0.2}, ()),
+        ({"symmetric": False}, {}),
+        ({"noise_std": 0.1}, {"perturb_normalize_kernel": 1}),
+        ({"noise_std": 0.2}, {}),
         (
-            {"group_ids": torch.arange(300) // 2},
-            ("contrastive_stats_kernel", "contrastive_grads_kernel", "ids_bounds_kernel"),
+            groups,
+            dict.fromkeys(("contrastive_stats_kernel", "contrastive_grads_kernel", "ids_bounds_kernel"), 1),
         ),
-        ({"group_ids": (torch.arange(300) // 2, torch.arange(303) // 2)}, ()),
+        ({"group_ids": (torch.arange(300) // 2, torch.arange(303) // 2)}, {}),
+        ({"smoothing": 0.1}, smoothed),
+        ({"smoothing": 0.2, "symmetric": False}, sums),
+        ({"smoothing": 0.1, **groups}, smoothed),
+        ({"smoothing": 0.1, "symmetric": False, **groups}, sums),
     ):
         before = driver.compiled.copy()
         step(300, 512, torch.bfloat16, **options)
-        assert driver.compiled - before == dict.fromkeys(also, 1), options
+        assert driver.compiled - before == also, options
+    before = driver.compiled.copy()
+    for rows in (1, 16, 64, 255, 256, 257, 1000, 1001):
+        step(rows, 512, torch.bfloat16)
+        step(rows, 512, torch.bfloat16, smoothing=0.1)
+        step(rows, 512, torch.bfloat16, smoothing=0.1, group_ids=torch.arange(rows) // 2)
+    assert driver.compiled == before
     before = driver.compiled.copy()
     for rows in (300, 301):
         step(rows, 1024, torch.bfloat16)
     assert driver.compiled - before == {"perturb_normalize_kernel": 1, "perturb_normalize_backward_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({}, {"pair_losses_kernel": 1, "perturb_normalize_backward_kernel": 2}),
+        (
+            {"smoothing": 0.1},
+            {
+                "pair_losses_kernel": 1,
+                "perturb_normalize_backward_kernel": 2,
+                "group_sums_kernel": 3,
+                "fold_sums_kernel": 3,
+            },
+        ),
+    ],
+    ids=["plain", "smoothed"],
+)
+def test_launches_of_a_step(driver, options: dict, launches: dict[str, int]) -> None:
+    driver.execute = False
+    for more in ({}, {"group_ids": torch.arange(30) // 2}, {"symmetric": False}):
+        driver.launches.clear()
+        step(30, 64, torch.float16, **options, **more)
+        ours = ("pair_losses", "perturb_normalize_backward", "_sums")
+        assert {k: v for k, v in driver.launches.items() if any(part in k for part in ours)} == launches
 
 
 # What of a kernel's PTX is replaced by what, in which of its places (from 0).

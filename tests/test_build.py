@@ -79,6 +79,12 @@ def tree(tmp_path: Path) -> Path:
     [
         ("MODEST_ALIGN_NATIVE", "yes", "MODEST_ALIGN_NATIVE: got 'yes', want 0 or 1"),
         ("MODEST_ALIGN_CUDA", "2", "MODEST_ALIGN_CUDA: got '2', want auto, 0 or 1"),
+        (
+            "MODEST_ALIGN_EXPERIMENT",
+            "pingpong",
+            "MODEST_ALIGN_EXPERIMENT: got 'pingpong', "
+            "want pingpong64, pingpong128, stagger, triton-persistent or nothing",
+        ),
     ],
 )
 def test_a_bad_value_is_one_sentence(tree: Path, name: str, value: str, sentence: str) -> None:
@@ -150,6 +156,13 @@ def test_flags_of_the_cuda_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for kernels in ("perturb_normalize", "contrastive_stats", "contrastive_grads"):
         assert "code=sm_90a" in flags_of(text, f"cuda/{kernels}.o")
     assert "-DMODEST_ALIGN_CUDA" in flags_of(text, "bindings.o")
+    assert "EXPERIMENT" not in text
+    monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "stagger")
+    text = setup.ninja_file(tmp_path)
+    for target in ("cuda/contrastive_stats.o", "bindings.o"):
+        assert "-DMODEST_ALIGN_EXPERIMENT=stagger" in flags_of(text, target)
+    monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "triton-persistent")
+    assert "EXPERIMENT" not in setup.ninja_file(tmp_path)
 
 
 @needs_compiler

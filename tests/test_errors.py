@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from modest_align_kernels import ModestAlignLoss, available_backends, backends, modest_align_loss
+from modest_align_kernels.backends import native
 
 X = torch.randn(4, 8)
 IDS = torch.arange(4)
@@ -180,9 +182,25 @@ def test_workspace_of_the_environment(monkeypatch) -> None:
 
 
 def test_experiment_of_the_environment(monkeypatch) -> None:
-    for name, experiment in (("", None), ("triton-persistent", "triton-persistent")):
+    for name in ("", "triton-persistent", *backends.CUDA_EXPERIMENTS):
         monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", name)
-        assert backends._experiment() == experiment
+        assert backends._experiment() == (name or None)
     monkeypatch.setenv("MODEST_ALIGN_EXPERIMENT", "persistent")
-    with pytest.raises(ValueError, match="MODEST_ALIGN_EXPERIMENT: got 'persistent', want triton-persistent"):
+    want = "triton-persistent, pingpong64, pingpong128 or stagger"
+    with pytest.raises(ValueError, match=f"MODEST_ALIGN_EXPERIMENT: got 'persistent', want {want}"):
         backends._experiment()
+
+
+@pytest.mark.parametrize(
+    ("built", "asked"),
+    [("", "stagger"), ("stagger", None), ("stagger", "pingpong64"), ("stagger", "triton-persistent")],
+)
+def test_an_experiment_that_the_cuda_kernels_are_not_of(monkeypatch, built: str, asked: str | None) -> None:
+    compiled = SimpleNamespace(cuda=True, experiment=built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name, value in {"_C": compiled, "EXPERIMENT": asked, "_MISSING": None}.items():
+        monkeypatch.setattr(native, name, value, raising=False)
+    reason = native.BACKEND.why_not(torch.device("cuda"), torch.float16, 64)
+    assert f"built with MODEST_ALIGN_EXPERIMENT={built!r}, and this process has {asked or ''!r}: " in str(reason)
+    monkeypatch.setattr(native, "EXPERIMENT", built or None)
+    assert native.BACKEND.why_not(torch.device("cuda"), torch.float16, 64) is None

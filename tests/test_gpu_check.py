@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +96,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_a_dry_run_in_the_wrong_order(tmp_path: Path) -> None:
     # Backwards, and without the build, which takes minutes: no step needs what another did.
-    steps = [replace(step, seconds=120) for step in steps_of(2, dry=True) if step.name != "build"][::-1]
+    steps = [replace(step, seconds=120) for step in steps_of(2, dry=True) if "build" not in step.name][::-1]
     gpu_check.run(steps, tmp_path, "dry run")
     missing = set(gpu_check.BACKENDS) - set(BACKENDS)
     found = {name: status for name, status in statuses(tmp_path).items() if not missing & set(name.split("-"))}
@@ -156,14 +158,69 @@ def test_ncu_rows_are_one_a_launch() -> None:
     assert gpu_measurements.parse_ncu("==ERROR== no permission") == []
 
 
-def test_a_kept_extension_is_placed_and_not_built(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch) -> Path:
+    """A project whose builds are files that name their experiment, or fail."""
     monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "modest_align_kernels").mkdir()
-    (tmp_path / "setup.py").write_text("raise SystemExit(7)")
-    suffix = gpu_build.sysconfig.get_config_var("EXT_SUFFIX")
-    (tmp_path / f"_C-{gpu_build.digest()[:12]}{suffix}").write_text("kept")
-    assert gpu_build.main(tmp_path) == 0
-    assert (tmp_path / "modest_align_kernels" / f"_C{suffix}").read_text() == "kept"
-    (tmp_path / "csrc" / "new.cu").write_text("changed")
-    assert gpu_build.main(tmp_path) == 7
+    (tmp_path / "setup.py").write_text(
+        "import os, pathlib, sys\n"
+        "name = os.environ['MODEST_ALIGN_EXPERIMENT']\n"
+        "if name == 'broken': sys.exit(7)\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--build-lib') + 1], 'modest_align_kernels')\n"
+        "folder.mkdir()\n"
+        f"(folder / '_C{gpu_build.SUFFIX}').write_text('built ' + name)\n"
+    )
+    return tmp_path
+
+
+def test_a_kept_extension_is_placed_and_not_built(tree: Path) -> None:
+    placed = tree / "modest_align_kernels" / f"_C{gpu_build.SUFFIX}"
+    gpu_build.kept(tree).write_text("kept")
+    assert gpu_build.main(tree, []) == 0
+    assert placed.read_text() == "kept"
+    (tree / "csrc" / "new.cu").write_text("changed")
+    assert gpu_build.main(tree, []) == 0
+    assert placed.read_text() == gpu_build.kept(tree).read_text() == "built "
+    assert len(list(tree.glob("_C-*"))) == 1
+
+
+def test_experiments_are_kept_beside_it(tree: Path, capsys) -> None:
+    gpu_build.kept(tree, "stagger").write_text("kept")
+    assert gpu_build.main(tree, ["broken", "pingpong64", "stagger"]) == 1
+    assert capsys.readouterr().out == "did not compile: broken\n"
+    builds = {name: gpu_build.kept(tree, name) for name in ("", "broken", "pingpong64", "stagger")}
+    assert {name: file.exists() and file.read_text() for name, file in builds.items()} == {
+        "": "built ",
+        "broken": False,
+        "pingpong64": "built pingpong64",
+        "stagger": "kept",
+    }
+    assert (tree / "modest_align_kernels" / f"_C{gpu_build.SUFFIX}").read_text() == "built "
+
+
+@pytest.mark.skipif(available_backends("cpu")["native"] is not None, reason="the extension is not built")
+def test_a_module_runs_on_a_build_of_an_experiment(tmp_path: Path) -> None:
+    from modest_align_kernels import _C
+
+    (tmp_path / "prints.py").write_text(
+        "import sys; from modest_align_kernels.backends import native; print(native._C.__file__, *sys.argv[1:])"
+    )
+    build = gpu_build.kept(tmp_path, "stagger")
+    gpu_build.place(Path(str(_C.__file__)), build)
+    command = [sys.executable, "-m", "benchmarks.gpu_build", str(tmp_path), "--with", "stagger", "prints", "--tiny"]
+    path = os.pathsep.join(map(str, (tmp_path, gpu_check.ROOT)))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{build} --tiny\n"
+
+
+def test_native_experiments_run_on_their_builds_or_not_at_all(tmp_path: Path) -> None:
+    steps = {step.name: step for step in steps_of(2)}
+    for name in gpu_check.EXPERIMENTS["native"]:
+        step = steps[f"native-with-{name}"]
+        assert step.switches == {"MODEST_ALIGN_EXPERIMENT": name}
+        assert gpu_check.why_left_out(step, tmp_path) == f"there is no build of {name} in {tmp_path}"
+        gpu_build.kept(tmp_path, name).touch()
+        assert gpu_check.why_left_out(step, tmp_path) is None
+        assert name in steps["builds"].command

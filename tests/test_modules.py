@@ -290,3 +290,17 @@ def test_as_open_clip_models_with_a_scale_of_one_element() -> None:
     open_clip.ClipLoss()(x, y, log_scale.exp()).backward()
     assert ours.shape == (1,)
     torch.testing.assert_close(ours, log_scale.grad)
+
+
+def test_weights_and_reduction() -> None:
+    x, y = make_features(Case("", 6, 9, 8), torch.float32)
+    weights = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5, 1.0])
+    settings = {"logit_scale": 10.0, "smoothing": 0.1}
+    losses = ModestAlignLoss(0.0, reduction="none", **settings)(x, y)
+    assert losses.shape == (6,)
+    torch.testing.assert_close(ModestAlignLoss(0.0, **settings)(x, y), losses.mean())
+    torch.testing.assert_close(ModestAlignLoss(0.0, reduction="sum", **settings)(x, y), losses.sum())
+    expected = (weights * losses).sum() / weights.sum()
+    torch.testing.assert_close(ModestAlignLoss(0.0, **settings)(x, y, weights=weights), expected)
+    with pytest.raises(ValueError, match='reduction: got \'max\', want "mean", "sum" or "none"'):
+        ModestAlignLoss(0.0, reduction="max", **settings)(x, y)

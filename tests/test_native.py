@@ -301,11 +301,14 @@ def test_the_stub_names_what_the_module_has() -> None:
         if by_name := functions[name].args.kwarg:
             documented = re.match(rf"{name}\(\*, (.*)\)", getattr(_C, name).__doc__)[1].split(", ")
             assert len(documented) == len(set(documented))
-            assert set(documented) == fields(by_name.annotation.slice.id), name
+            by_itself = {argument.arg for argument in functions[name].args.kwonlyargs}
+            assert set(documented) == fields(by_name.annotation.slice.id) | by_itself, name
 
 
 def test_a_wrong_argument_of_a_kernel_is_a_type_error() -> None:
-    given = dict.fromkeys(("rows", "columns", "col_count", "width"), 64) | {"operand_dtype": 0, "threads": 1}
+    names = re.search(r"\*, (.*)\)", _C.cpu_contrastive_stats_workspace.__doc__)[1].split(", ")
+    given = dict.fromkeys(names, 0) | dict.fromkeys(("rows", "columns", "col_count", "width"), 64)
+    given |= {"threads": 1, "exclude_diagonal": True}
     assert _C.cpu_contrastive_stats_workspace(**given) > 0
     wrong = {
         "cpu_contrastive_stats_workspace: got no argument width": {k: v for k, v in given.items() if k != "width"},

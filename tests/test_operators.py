@@ -1,4 +1,4 @@
-"""Every backend's operators on logits against the materialised ones in float64, row by row."""
+"""Every backend's operators against the materialised ones, or eager's, in float64, row by row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from torch import Tensor
 from modest_align_kernels import available_backends, ops, reference
 from modest_align_kernels.dispatch import operand_dtype, why_not
 from modest_align_kernels.testing import Case, make_features, poisoned_memory
+from tests.operator_checks import (
+    GROUP_PATTERNS,
+    assert_pairs_like_eager,
+    assert_sides_like_eager,
+    assert_within,
+    numbered_groups,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FEATURES = 24
@@ -70,14 +77,6 @@ def cases(rows: int, columns: int):
     for k, (pattern, diagonal) in enumerate(itertools.product(PATTERNS, (False, True))):
         for col_count in ((0, rows), (5, columns))[k % 4 in (1, 2)]:
             yield f"ids: {pattern}, {diagonal=}, {col_count=}", (*make_ids(pattern, rows, columns), diagonal), col_count
-
-
-def assert_within(error: Tensor, budget: Tensor | float, what: str) -> None:
-    for k, (its_error, its_budget) in enumerate(
-        zip(error.tolist(), torch.as_tensor(budget, device=error.device).expand_as(error).tolist(), strict=True)
-    ):
-        if not its_error <= its_budget:
-            raise AssertionError(f"{what}: row {k} is off by {its_error:.2e}, may be by {its_budget:.2e}")
 
 
 # around the interpreter's tile of 32 x 64, and several of them
@@ -179,3 +178,31 @@ def test_pairs_dots_are_of_rounded_rows(backend: str, dtype: torch.dtype, pairs:
         assert pair_dot.shape == (pairs or 0,)
         expected = (y_hat[: len(pair_dot)].double() * x_hat[: len(pair_dot)].double()).sum(1)
         assert_within((pair_dot.double() - expected).abs(), 4 * torch.finfo(torch.float32).eps, "pair_dot")
+
+
+SMOOTHED_SIZES = [(1, 1), (1, 5), (6, 6), (40, 131)]  # of which the columns are more than a GPU's program sums
+
+
+def smoothed_cases(rows: int, columns: int):
+    """Ids, and a smoothing for each."""
+    for pattern, smoothing in zip(GROUP_PATTERNS, (None, 0.1, 0.3, 0.7, 1.0, 0.0), strict=True):
+        for its_smoothing in {smoothing, 0.2} if pattern == "none" else {smoothing}:
+            ids = (None if t is None else t.to(DEVICE) for t in numbered_groups(pattern, rows, columns))
+            yield (*ids, its_smoothing)
+
+
+@pytest.mark.parametrize(("scale", "symmetric"), [(14.3, True), (1000.0, False)])
+@pytest.mark.parametrize(("rows", "columns"), SMOOTHED_SIZES)
+@pytest.mark.parametrize(("backend", "dtype"), OPERANDS)
+def test_pair_losses(backend: str, dtype: torch.dtype, rows: int, columns: int, scale: float, symmetric: bool) -> None:
+    hats = make_operands(rows, columns, backend, dtype)
+    for case in smoothed_cases(rows, columns):
+        assert_pairs_like_eager(*hats, *case, rows if symmetric else 0, backend, scale)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SMOOTHED_SIZES)
+@pytest.mark.parametrize(("backend", "dtype"), OPERANDS)
+def test_perturb_normalize_backward(backend: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    hats = make_operands(rows, columns, backend, dtype)
+    for case, dx_dtype in zip(smoothed_cases(rows, columns), itertools.cycle((dtype, torch.bfloat16)), strict=False):
+        assert_sides_like_eager(*hats, *case, FEATURES, dx_dtype, backend)

@@ -17,11 +17,20 @@ import torch
 
 from modest_align_kernels import dispatch, modest_align_loss, noise, ops
 from modest_align_kernels.testing import CASES, Case, assert_within_budget, make_features, poisoned_memory
-from tests.operator_checks import assert_like_eager, assert_rows_like_eager, operands, slow_but
+from tests.operator_checks import (
+    GROUP_PATTERNS,
+    assert_like_eager,
+    assert_pairs_like_eager,
+    assert_rows_like_eager,
+    assert_sides_like_eager,
+    numbered_groups,
+    operands,
+    slow_but,
+)
 from tests.ptx_simulator import runtime
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Fault, Memory
-from tests.ptx_simulator.parser import parse
+from tests.ptx_simulator.parser import entry_names, parse
 
 
 def why_not() -> str | None:
@@ -31,8 +40,15 @@ def why_not() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-# How many results each operator writes, its last arguments.
-RESULTS = {"perturb_normalize": 3, "perturb_normalize_backward": 2, "contrastive_stats": 2, "contrastive_grads": 2}
+# What each operator writes of its contract's structs; the other two write their other arguments.
+RESULTS = {
+    "perturb_normalize": ("x_hat", "inv_norm", "pair_dot"),
+    "perturb_normalize_backward": ("dx", "row_dot"),
+    "pair_losses": (
+        *("losses", "row_weight", "col_weight", "pair_weight"),
+        *("slope", "row_negative_weight", "col_negative_weight"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +56,7 @@ def simulator() -> runtime.Device:
     return runtime.Device()
 
 
-@pytest.fixture
-def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+def behind_native(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
     """The native backend as it is on a GPU, on CPU tensors."""
     from modest_align_kernels.backends import eager
     from modest_align_kernels.backends.native import cuda
@@ -51,8 +66,8 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
             return getattr(eager, name)
 
         def run(*arguments) -> None:
-            flat = [a for argument in arguments for a in (argument if isinstance(argument, tuple) else (argument,))]
-            with simulator.allocations(*flat[: -RESULTS[name]]):
+            fields = [f for a in arguments if isinstance(a, tuple) for f in a._asdict().items()]
+            with simulator.allocations(*(value for key, value in fields if key not in RESULTS.get(name, ()))):
                 getattr(cuda, name)(*arguments)
 
         return run
@@ -66,6 +81,17 @@ def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtim
     simulator.set_processors(132)
     simulator.launches.clear()
     return simulator
+
+
+@pytest.fixture
+def device(simulator: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(simulator, monkeypatch)
+
+
+def tiles_launched(device: runtime.Device) -> set[tuple[int, int]]:
+    """The columns of the tiles and the blocks of the grids of matmuls so far."""
+    matmuls = [(re.search(r"TileILi(\d+)E", name), blocks) for name, blocks, _ in device.launches]
+    return {(int(columns[1]), blocks) for columns, blocks in matmuls if columns}
 
 
 def native_loss(*args, **kwargs):
@@ -108,7 +134,7 @@ def test_tiles_of_256_columns(device) -> None:
     device.order = Order(warps=4)
     ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
     assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
-    assert {name.split("Tile")[1][:7] for name, *_ in device.launches if "Tile" in name} == {"ILi256E"}
+    assert {width for width, _ in tiles_launched(device)} == {256}
 
 
 @pytest.mark.parametrize(("seed", "late"), slow_but({(1, 0.5)}, range(4), (0.0, 0.5, 1.0)))
@@ -133,7 +159,9 @@ def test_several_waves(device, monkeypatch: pytest.MonkeyPatch, scale: float, co
     # So little memory that rows come 256 at a time, and gradients in blocks of 256 x 256.
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
     x_hat, y_hat, scale = operands(600, 700, 128, scale)
-    size = cuda._C.cuda_contrastive_stats_workspace(rows=600, columns=700, col_count=col_count, workspace_bytes=1)
+    names = re.search(r"\*, (.*)\)", cuda._C.cuda_contrastive_stats_workspace.__doc__)[1].split(", ")
+    extents = {"rows": 600, "columns": 700, "col_count": col_count, "workspace_bytes": 1, "exclude_diagonal": True}
+    size = cuda._C.cuda_contrastive_stats_workspace(**dict.fromkeys(names, 0) | extents)
     assert size == 4 * (6 * 256 + 4 * col_count)
     ids = (torch.randint(100, (n,), dtype=torch.int32) for n in (600, 700))
     assert_like_eager(x_hat, y_hat, scale, *ids, col_count, "native")
@@ -165,7 +193,8 @@ def test_another_order_gives_the_same_bits(device, shape: tuple[int, int, int]) 
         device.order = order
         torch.manual_seed(0)
         image, text = x.clone().requires_grad_(), y.clone().requires_grad_()
-        loss = native_loss(image, text, 100.0, noise_std=0.1, relative_noise=True, smoothing=0.1)
+        options = {"noise_std": 0.1, "relative_noise": True, "smoothing": 0.1, "group_ids": torch.arange(len(x)) // 2}
+        loss = native_loss(image, text, 100.0, **options)
         results.append((loss, *torch.autograd.grad(loss, (image, text))))
     for ours, other in zip(*results, strict=True):
         assert torch.equal(ours, other)
@@ -188,6 +217,75 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
     assert native_loss(x, y, scale).isnan()
 
 
+@pytest.fixture(scope="module", params=["pingpong64", "pingpong128", "stagger"])
+def experimental(request: pytest.FixtureRequest) -> runtime.Device:
+    """A build of csrc/experiment.h."""
+    simulator = runtime.Device(request.param)
+    assert simulator.extension.experiment == request.param
+    return simulator
+
+
+@pytest.fixture
+def experiment(experimental: runtime.Device, monkeypatch: pytest.MonkeyPatch) -> runtime.Device:
+    return behind_native(experimental, monkeypatch)
+
+
+# How many blocks a cluster has, and the columns of narrow and wide tiles.
+EXPERIMENTS = {"pingpong64": (4, 128, 256), "pingpong128": (4, 64, 128), "stagger": (2, 128, 256)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [0, 40])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experiments_around_warps_and_tiles(experiment, shape: tuple[int, int], groups: int) -> None:
+    rows, columns = shape
+    ids = [torch.randint(groups, (n,), dtype=torch.int32) for n in shape] if groups else [None, None]
+    for col_count, diagonal in ((rows, True), (columns, False), (0 if rows == 65 else 3 * columns // 4, True)):
+        assert_like_eager(*operands(*shape, 64, 20.0), *ids, col_count, "native", diagonal)
+
+
+# A block's warp groups take turns at tiles, and more than one each.
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("features", [64, 1280])
+def test_experiments_with_several_tiles_a_block(experiment, features: int, late: float) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    experiment.order = Order(int(10 * late), warps=1, late=late)
+    assert_like_eager(*operands(300, 700 if features == 64 else 300, features, 20.0), None, None, 300, "native")
+    assert tiles_launched(experiment) == {(narrow, blocks)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", ["antipodal", "pairs", "random"])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_experiments_where_exponentials_vanish(experiment, scale: float, geometry: str) -> None:
+    assert_like_eager(*operands(290, 300, 64, scale, geometry), None, None, 290, "native")
+
+
+@pytest.mark.slow
+def test_experiments_in_waves(experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modest_align_kernels.backends.native import cuda
+
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
+    assert_like_eager(*operands(600, 700, 128, 1000.0), None, None, 700, "native")
+
+
+@pytest.mark.slow
+def test_experiments_with_wide_tiles(experiment) -> None:
+    experiment.order = Order(warps=4)
+    ids = (torch.randint(300, (n,), dtype=torch.int32) for n in (1409, 3080))
+    assert_like_eager(*operands(1409, 3080, 64, 20.0), *ids, 3000, "native")
+    assert {width for width, _ in tiles_launched(experiment)} == {EXPERIMENTS[experiment.extension.experiment][2]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES if c.regime in QUICK_CASES], ids=str)
+def test_experiments_keep_the_error_budget(experiment, case: Case) -> None:
+    with poisoned_memory():
+        assert_within_budget(native_loss, case, torch.float16, seeds=1)
+
+
 # Widths up to 1,024 are a warp's, others a block's; the odd ones are not aligned to 16 bytes.
 @pytest.mark.parametrize(
     ("dtype", "features"),
@@ -200,6 +298,36 @@ def test_a_nan_comes_through_the_waves(device, monkeypatch: pytest.MonkeyPatch, 
 def test_rows_of_any_width(device, dtype: torch.dtype, features: int) -> None:
     device.order = Order(warps=8)
     assert_rows_like_eager(dtype, features, "native")
+
+
+def pairs_and_sums(shape: tuple[int, int, int], groups: str, smoothing: float | None = 0.3) -> None:
+    hats, ids = operands(*shape, 14.3)[:2], numbered_groups(groups, *shape[:2])
+    for col_count in (shape[0], 0):
+        assert_pairs_like_eager(*hats, *ids, smoothing, col_count, "native")
+    assert_sides_like_eager(*hats, *ids, smoothing, shape[2], torch.float16, "native")
+
+
+# Around the 64 rows that a warp sums, its 256 features, and the 128 of a block that adds up what warps leave.
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    slow_but(
+        {((70, 200, 320), "large groups"), ((40, 65, 64), "groups")},
+        ((1, 1, 64), (40, 65, 64), (64, 128, 256), (70, 200, 320), (30, 700, 1088)),
+        GROUP_PATTERNS,
+    ),
+)
+def test_pairs_and_sums(device, shape: tuple[int, int, int], groups: str) -> None:
+    device.order = Order(warps=8)
+    pairs_and_sums(shape, groups)
+
+
+@pytest.mark.parametrize(("smoothing", "launches"), [(None, 1), (0.3, 3)])
+def test_launches(device, smoothing: float | None, launches: int) -> None:
+    pairs_and_sums((9, 11, 64), "groups", smoothing)
+    # Losses in both directions and in one, the backward of both sides.
+    assert len(device.launches) == 4 * launches
+    for kernel in ("pair_losses_kernel", "perturb_normalize_backward_kernel"):
+        assert sum(kernel in name for name, *_ in device.launches) == 2
 
 
 @pytest.mark.parametrize("features", [40, 1100])
@@ -348,15 +476,36 @@ PLANTED: dict[str, tuple[str, str, str, int, Callable[[], None]]] = {
         0,
         partial(normalized, 1032),
     ),
+    "pieces of a run are added up before all warps have theirs": (
+        "fold_sums_kernel",
+        r"bar\.sync\s+0;",
+        "",
+        0,
+        partial(pairs_and_sums, (30, 700, 64), "large groups"),
+    ),
+    "the row of another lane": (
+        "group_sums_kernel",
+        r"(shfl\.sync\.idx\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,",
+        r"\1, 0,",
+        1,
+        partial(pairs_and_sums, (30, 70, 64), "groups"),
+    ),
     "another random number": (LONG_ROWS, r"3528531795", "3528531797", 0, partial(normalized, 1032)),
 }
 QUICK = {"the last products are not waited for", "a row is summed before all warps have added to it"}
 
 
-@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
-def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    kernel, pattern, replacement, place, run = PLANTED[bug]
-    name, text = next((n, t) for t in device.modules.values() for n in runtime.entry_names(t) if kernel in n)
+def assert_caught(
+    device: runtime.Device,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    pattern: str,
+    replacement: str,
+    place: int,
+    run: Callable[[], None],
+) -> None:
+    text = device.ptx
+    name = next(name for name in entry_names(text) if kernel in name)
     start = text.index(f".entry {name}(")
     found = list(re.finditer(pattern, text[start:]))[place]
     planted = text[: start + found.start()] + found.expand(replacement) + text[start + found.end() :]
@@ -375,6 +524,28 @@ def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: s
             break
     assert caught
     assert "CUDA error" not in caught[0] or ", Fault: " in caught[0]  # not a limit of the simulator
+
+
+@pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in PLANTED])
+def test_planted_bugs_are_caught(device, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    assert_caught(device, monkeypatch, *PLANTED[bug])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experimental", ["pingpong64", "pingpong128"], indirect=True)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];",  # the tensor cores are not handed on
+        r"wgmma\.wait_group\.sync\.aligned 0;",  # the last products are not waited for
+    ],
+    ids=["turn", "products"],
+)
+def test_planted_bugs_in_pingpong_are_caught(experiment, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    blocks, narrow, _ = EXPERIMENTS[experiment.extension.experiment]
+    experiment.set_processors(blocks)
+    run = partial(products, 300, 300, 192, 20.0)
+    assert_caught(experiment, monkeypatch, f"StatsTileILi{narrow}", bug, "", 0, run)
 
 
 PROBE = """

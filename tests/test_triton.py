@@ -20,6 +20,7 @@ if (reason := available_backends(DEVICE)["triton"]) is not None:
 
 stats = import_module("modest_align_kernels.backends.triton.contrastive_stats")
 grads = import_module("modest_align_kernels.backends.triton.contrastive_grads")
+group_sums = import_module("modest_align_kernels.backends.triton.group_sums")
 logits = import_module("modest_align_kernels.backends.triton.logits")
 persistent = import_module("modest_align_kernels.backends.triton.persistent")
 normalize = import_module("modest_align_kernels.backends.triton.perturb_normalize")
@@ -127,6 +128,42 @@ def test_ids_bounds() -> None:
     for result, ids, size in zip(bounds, (row_ids, col_ids), (32, 64), strict=True):
         assert result.tolist() == [[int(part.min()), int(part.max())] for part in ids.split(size)]
     assert logits.ids_bounds(None, None, tiles.INTERPRETER_TILE) == (None, None)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [40], [15, 1, 16, 8], [16, 16, 8], [3, 30, 7], [17, 23]], ids=str)
+def test_sums_of_groups_around_chunks(monkeypatch, sizes: list[int]) -> None:
+    # Chunks of 16 rows in tiles of 4, of which a second kernel adds up two pieces at a time.
+    monkeypatch.setattr(group_sums, "_ROWS", 16)
+    monkeypatch.setattr(group_sums, "_PIECES", 2)
+    monkeypatch.setattr(group_sums, "_INTERPRETER_TILE_ROWS", 4)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.repeat_interleave(torch.arange(len(sizes)) * 40 // len(sizes), torch.tensor(sizes)).int()
+    ids = ids[torch.randperm(40, generator=generator)]
+    hat, weight = torch.randn(40, 320, generator=generator), torch.randn(33, generator=generator)
+    weighted = hat.double().clone()
+    weighted[:33] *= weight[:, None]
+    weighted[33:] = 0.0
+    with poisoned_memory():
+        total, table, bounds = group_sums.group_sums([hat.to(DEVICE)], [ids.to(DEVICE)], 40, weight.to(DEVICE))
+    counts = torch.zeros(41, dtype=torch.int64).index_add_(0, ids.long(), torch.ones(40, dtype=torch.int64))
+    begins, ends = bounds[0].cpu()
+    assert torch.equal(ends - begins, counts.int())
+    for kind, rows in enumerate((hat.double(), weighted)):
+        sums = torch.zeros(41, 320, dtype=torch.float64).index_add_(0, ids.long(), rows)
+        for result, expected in ((total[0, kind], rows.sum(0)), (table[0, kind][counts > 0], sums[counts > 0])):
+            torch.testing.assert_close(result.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_two_sides(monkeypatch) -> None:
+    monkeypatch.setattr(group_sums, "_ROWS", 16)
+    hats = [torch.randn(n, 64, device=DEVICE) for n in (35, 20)]
+    ids = [torch.arange(n, dtype=torch.int32, device=DEVICE) * 7 % 3 for n in (35, 20)]
+    both = group_sums.group_sums(hats, ids, 20)
+    for side in (0, 1):
+        alone = group_sums.group_sums(hats[side : side + 1], ids[side : side + 1], 20)
+        assert torch.equal(both.total[side], alone.total[0])
+        assert torch.equal(both.bounds[side], alone.bounds[0])
+        assert torch.equal(both.table[side, :, :3], alone.table[0, :, :3])
 
 
 @pytest.mark.parametrize("features", [1, 3, 8, 40, 1000, 4096])

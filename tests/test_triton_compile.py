@@ -24,7 +24,8 @@ SHARED_MEMORY = {kind: 1024 * size for kind, size in ((80, 163), (86, 99), (89, 
 # What multiplies: tensor cores of one warp, of a warp group, or of a whole multiprocessor.
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 MATMULS = ("contrastive_stats_kernel", "contrastive_grads_kernel")
-ROWWISE = ("perturb_normalize_kernel", "perturb_normalize_backward_kernel")
+ROWWISE = ("perturb_normalize_kernel", "perturb_normalize_backward_kernel", "pair_losses_kernel")
+SUMS = ("group_sums_kernel", "fold_sums_kernel")
 SMALL = ("merge_kernel", "ids_bounds_kernel", "softmax_factors_kernel")
 PERSISTENT = ("persistent_grads_kernel", "rare_grads_kernel")
 # At most so many barriers, and loads from the tensor cores' last instruction to the first exponential, on sm_90 with
@@ -66,7 +67,13 @@ def matmul_jobs(capabilities: tuple[int, ...]) -> list[list]:
 
 
 def rowwise_jobs(widths: tuple[int, ...], capability: int = 90) -> list[list]:
-    return [[kernel, capability, "float16", width, False] for kernel in ROWWISE for width in widths]
+    """With smoothing: what it adds is compiled away without it."""
+    smoothed = [[kernel, capability, "float16", width, True] for kernel in ROWWISE[1:] for width in widths]
+    return [*([ROWWISE[0], capability, "float16", width, False] for width in widths), *smoothed]
+
+
+def sums_jobs(capability: int, dtype: str = "float16") -> list[list]:
+    return [[kernel, capability, dtype, 0, ids] for kernel in SUMS for ids in (False, True)]
 
 
 def small_jobs() -> list[list]:
@@ -102,6 +109,7 @@ def test_every_kernel_on_consumer_chips(capability: int) -> None:
     jobs = [
         *matmul_jobs((capability,)),
         *rowwise_jobs((1024,), capability),
+        *sums_jobs(capability),
         ["merge_kernel", capability, "float32", 0, False],
     ]
     for result in compile_all(jobs):
@@ -109,7 +117,7 @@ def test_every_kernel_on_consumer_chips(capability: int) -> None:
 
 
 def test_rowwise_kernels_read_16_bytes_at_a_time() -> None:
-    for result in compile_all(rowwise_jobs((512, 1024, 4096))):
+    for result in compile_all(rowwise_jobs((512, 1024, 4096)) + sums_jobs(90) + sums_jobs(90, "float32")):
         check(result)
         assert result["wide_loads"] > 0, result
 
@@ -142,21 +150,25 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
     from modest_align_kernels.backends.triton import (
         contrastive_grads,
         contrastive_stats,
+        group_sums,
         logits,
+        pair_losses,
         persistent,
         perturb_normalize,
         tiles,
     )
 
-    modules = (contrastive_grads, contrastive_stats, perturb_normalize, logits, persistent)
+    modules = (contrastive_grads, contrastive_stats, group_sums, pair_losses, perturb_normalize, logits, persistent)
     function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
     torch_dtype = getattr(torch, dtype)
     operand = "*fp16" if dtype == "float16" else "*fp32"
-    operands = {"x", "x_hat", "y_hat", "g", "pair_hat", "dx"}
+    operands = {"x", "x_hat", "y_hat", "g", "pair_hat", "dx", "hat", "other_hat"}
     types = {f"{side}_{what}": "*i32" for side in ("row", "col") for what in ("ids", "bounds", "careful")}
-    types |= {"seed": "*i64", "gain": "fp32"}
+    types |= dict.fromkeys(("ids", "other_ids", "open_ids", "bounds"), "*i32")
+    types |= dict.fromkeys(("seed", "order", "other_order"), "*i64") | {"gain": "fp32"}
     integers = {"rows", "first_row", "wave_rows", "block_rows", "columns", "first_col", "block_columns", "col_count"}
     integers |= {"tiles", "length", "features", "width", "pairs", "stride", "row_stride", "noise_stream"}
+    integers |= {"other_rows", "weighted_rows", "numbers", "chunks"}
     if kernel in MATMULS:
         tile = tiles.tile_of_capability(capability, torch_dtype)
         constants = {
@@ -192,6 +204,20 @@ def compile_one(kernel: str, capability: int, dtype: str, width: int, ids: bool)
         tile = tiles.tile_of_capability(capability, torch_dtype)
         constants = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLUMNS": tile.block_columns}
         options, shape = {}, [*constants.values()]
+    elif kernel in SUMS:
+        constants = {"ROWS": group_sums._ROWS}
+        if kernel == "group_sums_kernel":
+            constants |= {"TILE_ROWS": group_sums._TILE_ROWS, "FEATURES": group_sums._FEATURES}
+        else:
+            constants |= {"PIECES": group_sums._PIECES, "FEATURES": group_sums._PIECE_FEATURES, "SIDES": 2, "KINDS": 2}
+        options, shape = {"num_warps": 1 if kernel == "group_sums_kernel" else 4}, [*constants.values()]
+        if not ids:
+            none = ("order", "ids", "other_order", "other_ids", "open_ids", "bounds", "table")
+            constants |= {name: None for name in none if name in function.arg_names}
+    elif kernel == "pair_losses_kernel":
+        pairs, block_features, warps = perturb_normalize.row_blocks(width)
+        constants = {"PAIRS": pairs, "FEATURES": block_features}
+        options, shape = {"num_warps": warps}, [pairs, block_features, warps]
     else:
         block_rows, block_features, warps = perturb_normalize.row_blocks(width)
         constants = {"BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features}
@@ -255,7 +281,7 @@ if __name__ == "__main__":
             + "|---" * 11
             + "|"
         )
-        for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,)) + small_jobs()):
+        for r in compile_all(matmul_jobs((80, 90, 100)) + rowwise_jobs((1024,)) + sums_jobs(90) + small_jobs()):
             cores = ", ".join(f"{count} {name}" for name, count in r["tensor_core"].items())
             print(
                 f"| {r['kernel']} | {r['capability']} | {r['dtype']} | {'yes' if r['ids'] else 'no'} "

@@ -8,74 +8,103 @@ namespace modest_align {
 namespace MODEST_ALIGN_LEVEL {
 namespace {
 
-// Bytes of G for each thread, and in all: eight times as much is no faster.
+// Bytes of a block for each thread, and in all: eight times as much is no faster.
 constexpr int64_t kBlockBytes = int64_t{1} << 20, kMostBlockBytes = int64_t{64} << 20;
-// Rows of a product that one task computes.
-constexpr int64_t kTaskRows = 21 * kTileRows;
-// Bytes of the right operand that stay packed, for the second cache.
-constexpr int64_t kRightBytes = int64_t{512} << 10;
+// Bytes of a slice of the right operand that is packed at a time, for the second cache.
+constexpr int64_t kSliceBytes = int64_t{512} << 10;
+// Tiles of a product that one task computes at most.
+constexpr int64_t kTaskTiles = 8;
 
-// Sizes of the blocks of G and of the tasks.
+// A logsumexp in units of log2; +inf, so that the softmax is 0, where no pair takes part.
+MODEST_ALIGN_INLINE float log2_of(float lse) { return lse != -__builtin_inff() ? lse * kLog2E : __builtin_inff(); }
+
+// Whether exponentials under the shared shift serve every softmax: none is so small that they may have lost terms, or
+// so large beside a small weight that the factor of both is below float32's normal numbers.
+template <class Operand>
+bool one_shift_serves(const ContrastiveGrads& a, const Matrix<Operand>& m) {
+  const auto exact = [&](const float* lse, const float* weight, int64_t count) {
+    bool all = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const float log2 = log2_of(lse[i]) - m.shift;
+      const float exponent = static_cast<float>(bits<uint32_t>(weight[i]) >> 23 & 255);  // of 2^-126 it is 1
+      const bool normal = exponent >= log2 + 1 || weight[i] == 0 || log2 == __builtin_inff();
+      all = all && !(log2 < kSmallestLog2Sum) && normal;
+    }
+    return all;
+  };
+  return m.may_share_shift() && exact(a.row_lse, a.row_weight, a.rows) && exact(a.col_lse, a.col_weight, a.col_count);
+}
+
+// Sizes of the blocks and of the tasks.
 struct Extents {
-  int64_t block_rows, block_columns;  // of G, multiples of the tile
+  int64_t computed;                   // rows whose exponentials were not kept
+  int64_t block_rows, block_columns;  // of these rows, multiples of the tile
   int64_t part_rows;                  // of a block that one task writes
   int64_t panel;                      // of those that it packs together
-  int64_t depth;                      // steps of the products at a time
+  int64_t depth;                      // steps in a slice of the right operand
 
   template <class Operand>
-  static Extents of(const ContrastiveGrads& a, Operand) {
+  static Extents of(const ContrastiveGrads& a, const Matrix<Operand>& m, bool one_shift) {
     const int64_t elements = smaller(kBlockBytes * a.threads, kMostBlockBytes) / sizeof(typename Operand::Element);
     int64_t side = 512;
     while (4 * side * side <= elements) side *= 2;
-    Extents e;
-    e.block_rows = even_part(a.rows, side, 2 * kTileRows);
-    e.block_columns = even_part(a.columns, elements / e.block_rows, 2 * kTileColumns);
-    // Each task packs all columns of the block: few tasks, but some to spare for a thread that is held up.
-    e.part_rows = even_part(e.block_rows, ceil_div(e.block_rows, 2 * a.threads), kTileRows);
-    e.panel = smaller(panel_rows(a.width / Operand::kPerWord), e.part_rows);
-    e.depth = larger(64, smaller(512, kRightBytes / (4 * round_up(a.width, kTileColumns)) / kLanes * kLanes));
+    Extents e{};
+    e.computed = one_shift ? m.first_kept : a.rows;
+    if (e.computed > 0) {
+      e.block_rows = even_part(e.computed, side, 2 * kTileRows);
+      e.block_columns = even_part(a.columns, elements / e.block_rows, 2 * kTileColumns);
+      // Each task packs all columns of the block: few tasks, but some to spare for a thread that is held up.
+      e.part_rows = even_part(e.block_rows, ceil_div(e.block_rows, 2 * a.threads), kTileRows);
+      e.panel = smaller(panel_rows(m.steps), e.part_rows);
+    }
+    e.depth = larger(64, smaller(512, kSliceBytes / (4 * round_up(a.width, kTileColumns)) / kLanes * kLanes));
     return e;
   }
 };
 
-// What a task packs: a tile's rows of the left operand, and the whole width of the right one.
-struct Panels {
-  uint32_t *left, *right;
+// What a worker packs of the left operand: a tile's rows.
+struct Left {
+  uint32_t* packed;
   void* weighted;  // [kTileRows, depth] elements of a block, before they are packed
 
-  template <class Operand>
-  static Panels take(Arena& arena, int64_t width, int64_t depth, Operand) {
-    Panels p;
-    p.left = arena.take<uint32_t>(kTileRows * depth + kLanes);  // the last step is stored as a whole vector
-    p.right = arena.take<uint32_t>(round_up(width, kTileColumns) * depth);
-    p.weighted = arena.take<uint32_t>(kTileRows * depth);
-    return p;
+  MODEST_ALIGN_INLINE Left take(Arena& arena, int64_t depth) {
+    Left left;
+    left.packed = arena.take<uint32_t>(kTileRows * depth + kLanes);  // the last step is stored as a whole vector
+    left.weighted = arena.take<uint32_t>(kTileRows * depth);
+    return left;
   }
 };
 
 struct Workspace {
-  float *row_log2, *col_log2;      // [rows], [padded columns]: the logsumexps in units of log2
+  float *row_log2, *col_log2;  // [rows], [padded columns]: the logsumexps in units of log2, if one shift does not serve
   float *row_weight, *col_weight;  // beside them; 0 for what does not count
   float *row_factor, *col_factor;  // G is a block's element times the sum of its row's and its column's factor
   char* block;
+  uint32_t* slices[2][2];  // of each product's right operand: one to multiply with while the next one is packed
   char* workers;
   int64_t worker_bytes, bytes;
 
   template <class Operand>
-  Workspace(char* base, const ContrastiveGrads& a, const Extents& e, Operand operand) {
+  Workspace(char* base, const ContrastiveGrads& a, const Extents& e, bool one_shift, Operand) {
     const int64_t length = columns_length(a);
     Arena arena{base};
-    row_log2 = arena.take<float>(a.rows);
-    row_weight = arena.take<float>(a.rows);
+    row_log2 = arena.take<float>(one_shift ? 0 : a.rows);
+    row_weight = arena.take<float>(one_shift ? 0 : a.rows);
     row_factor = arena.take<float>(a.rows);
-    col_log2 = arena.take<float>(length);
-    col_weight = arena.take<float>(length);
+    col_log2 = arena.take<float>(one_shift ? 0 : length);
+    col_weight = arena.take<float>(one_shift ? 0 : length);
     col_factor = arena.take<float>(length);
     block = arena.take<char>(e.block_rows * e.block_columns * sizeof(typename Operand::Element) + 64);
+    const int64_t words = round_up(a.width, kTileColumns) * e.depth, slice = e.depth * Operand::kPerWord;
+    for (int product = 0; product < 2; ++product) {
+      const int64_t length = product == 0 ? (a.grad_x ? a.columns : 0) : (a.grad_y ? a.rows : 0);
+      slices[product][0] = arena.take<uint32_t>(length > 0 ? words : 0);
+      slices[product][1] = arena.take<uint32_t>(length > slice ? words : 0);
+    }
     workers = arena.next;
     Arena for_block{nullptr}, for_product{nullptr};
-    Packed::take(for_block, e.panel, a.width / Operand::kPerWord);
-    Panels::take(for_product, a.width, e.depth, operand);
+    if (e.computed > 0) Packed::take(for_block, e.panel, a.width / Operand::kPerWord);
+    Left::take(for_product, e.depth);
     const char* const null = nullptr;
     worker_bytes = staggered(larger(for_block.next - null, for_product.next - null));
     bytes = workers - base + a.threads * worker_bytes;
@@ -84,19 +113,6 @@ struct Workspace {
   // Of the columns' vectors: a tile's rows of the left operand can be loaded from every column on.
   static int64_t columns_length(const ContrastiveGrads& a) { return padded(a.columns) + round_up(kTileRows, kLanes); }
 };
-
-// `lse` in units of log2, and the weights beside it; what no pair takes part in, or is past the end, counts for
-// nothing. False if a softmax is so small under the shift that its exponentials may have lost terms.
-bool prepare(const float* lse, const float* weight, int64_t count, int64_t length, float shift, float* log2,
-             float* prepared_weight) {
-  bool exact = true;
-  for (int64_t i = 0; i < length; ++i) {
-    log2[i] = i < count && lse[i] != -__builtin_inff() ? lse[i] * kLog2E : __builtin_inff();
-    prepared_weight[i] = i < count ? weight[i] : 0.0f;
-    exact = exact && !(log2[i] - shift < kSmallestLog2Sum);
-  }
-  return exact;
-}
 
 // The epilogue that writes a block: exponentials under the shared shift, or if that does not suffice G itself. Rows
 // from row0 on to `last`, columns from col0 on.
@@ -139,11 +155,82 @@ struct WriteBlock {
   }
 };
 
+// Exponentials, or G, of some rows and columns: [rows, stride], readable for a vector from any element on.
+template <class Operand>
+struct Block {
+  using Element = typename Operand::Element;
+  const Element* elements;
+  int64_t stride, row0, rows, col0, columns;
+  const float *row_factor, *col_factor;  // from row0 and col0 on
+
+  // What one of the following two reads.
+  Ahead ahead(bool images, int64_t first, int64_t count, int64_t k0, int64_t length, int64_t shares) const {
+    const int64_t bytes = sizeof(Element);
+    const char* const from = reinterpret_cast<const char*>(elements);
+    if (images)
+      return {from + (first * stride + k0) * bytes, stride * bytes, count, ceil_div(length * bytes, kLine), shares};
+    // The line in which a row's part begins is there from the tile before.
+    return {from + (k0 * stride + first + kTileRows - 1) * bytes, stride * bytes, length, 1, shares};
+  }
+
+  // packed[k * kTileRows + m] = word k of G's row `row` + m, from `column` on: the left operand of the images'
+  // gradient. Zero for rows past `count`.
+  void pack_rows(const Left& left, int64_t row, int64_t count, int64_t column, int64_t length) const {
+    Element* const weighted = static_cast<Element*>(left.weighted);
+    const int64_t words = ceil_div(length, Operand::kPerWord), row_length = round_up(length, kLanes);
+    for (int64_t m = 0; m < count; ++m) {
+      const Element* from = elements + (row + m) * stride + column;
+      const float factor = row_factor[row + m];
+      for (int64_t k = 0; k < row_length; k += kLanes) {
+        store_vector(weighted + m * row_length + k,
+                     load_vector(from + k) * (load<Vec>(col_factor + column + k) + factor));
+      }
+    }
+    pack_along_rows<kTileRows>(left.packed, reinterpret_cast<const uint32_t*>(weighted), row_length / Operand::kPerWord,
+                               count, words);
+  }
+
+  // packed[k * kTileRows + m] = G's element in row `row` + k and column `column` + m, of two rows for pairs: the left
+  // operand of the texts' gradient. Zero for an odd last row; columns past the end are those of no result.
+  void pack_columns(const Left& left, int64_t column, int64_t row, int64_t length) const {
+    // From the last vector on: what it writes past its step, the first one overwrites.
+    for (int m = (kTileRows - 1) / kLanes * kLanes; m >= 0; m -= kLanes) {
+      const Vec factor = load<Vec>(col_factor + column + m);
+      const Element* from = elements + row * stride + column + m;
+      const auto g = [&](int64_t k) { return load_vector(from + k * stride) * (factor + row_factor[row + k]); };
+      uint32_t* to = left.packed + m;
+      int64_t k = 0;
+      for (; k + Operand::kPerWord <= length; k += Operand::kPerWord, to += kTileRows) {
+        store(to, Operand::word(g(k), g(k + Operand::kPerWord - 1)));
+      }
+      if (k < length) store(to, Operand::word(g(k), Vec{}));
+    }
+  }
+};
+
+// One of the two products: out rows (+)= G's rows times the texts, or G's columns times the images.
+template <class Operand>
+struct Product {
+  bool images;                             // whose gradient it is
+  const typename Operand::Element* right;  // [length, width]
+  int64_t length;                          // of its sums
+  float* out;                              // [rows, width]
+  int64_t rows, part;                      // of which a task computes `part`
+  bool first;                              // nothing has been added yet
+  uint32_t* const* slices;                 // packed ones
+
+  int64_t tasks() const { return ceil_div(rows, part); }
+};
+
 // out[m, :] (+)= sum over k of a tile's left[k, m] * right[k, :], for `count` rows and `width` columns.
 template <class Operand>
 void multiply_panels(const uint32_t* left, const uint32_t* right, int64_t steps, int64_t count, int64_t width,
-                     bool first, float* out) {
+                     bool first, float* out, const Ahead& ahead) {
   for (int64_t d = 0; d < width; d += kTileColumns) {
+    ahead.fetch(d / kTileColumns);
+    for (int64_t m = 0; m < count; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(out + m * width + d + v * kLanes, 1);
+    }
     Vec acc[kTileRows][kTileVectors] = {};
     multiply_tile<Operand>(left, right + d * steps, steps, acc);
     if (count == kTileRows && d + kTileColumns <= width) {
@@ -168,121 +255,89 @@ void multiply_panels(const uint32_t* left, const uint32_t* right, int64_t steps,
   }
 }
 
-// Exponentials, or G, of some rows and columns: [rows, stride], readable for a vector from any element on.
-template <class Operand>
-struct Block {
-  const typename Operand::Element* elements;
-  int64_t stride, row0, rows, col0, columns;
-  const float *row_factor, *col_factor;  // from row0 and col0 on
-
-  // packed[k * kTileRows + m] = word k of G's rows from `row` on, columns from `column` on: the left operand of the
-  // images' gradient. Zero for rows past `count`.
-  MODEST_ALIGN_METHOD void pack_rows(const Panels& p, int64_t row, int64_t count, int64_t column,
-                                     int64_t columns) const {
-    using Element = typename Operand::Element;
-    Element* const weighted = static_cast<Element*>(p.weighted);
-    const int64_t words = ceil_div(columns, Operand::kPerWord), length = words * Operand::kPerWord;
-    const int64_t row_length = round_up(length, kLanes);
-    for (int64_t m = 0; m < count; ++m) {
-      const Element* from = elements + (row + m) * stride + column;
-      for (int64_t k = 0; k < length; k += kLanes) {
-        store_vector(weighted + m * row_length + k,
-                     load_vector(from + k) * (load<Vec>(col_factor + column + k) + row_factor[row + m]));
-      }
-    }
-    pack_along_rows<kTileRows>(p.left, reinterpret_cast<const uint32_t*>(weighted), row_length / Operand::kPerWord,
-                               count, words);
-  }
-
-  // packed[k * kTileRows + m] = G's element in row `row` + k and column `column` + m, of two rows for pairs: the left
-  // operand of the texts' gradient. Zero for an odd last row; columns past the end are those of no result.
-  MODEST_ALIGN_METHOD void pack_columns(const Panels& p, int64_t column, int64_t row, int64_t rows) const {
-    const auto g = [&](int64_t i, int64_t j) {
-      return load_vector(elements + i * stride + j) * (load<Vec>(col_factor + j) + row_factor[i]);
-    };
-    uint32_t* to = p.left;
-    for (int64_t k = 0; k < rows; k += Operand::kPerWord, to += kTileRows) {
-      for (int m = 0; m < kTileRows; m += kLanes) {
-        const int64_t i = row + k, j = column + m;
-        const bool paired = k + 1 < rows;
-        store(to + m, Operand::word(g(i, j), Operand::kPerWord > 1 && paired ? g(i + 1, j) : Vec{}));
-      }
-    }
-  }
-};
-
-// out rows (+)= left * right, where right has as many rows as left has steps: columns of the block for the images'
-// gradient (whose rows are the block's), rows of it for the texts' (whose rows are the block's columns).
-template <class Operand, bool images>
-void product(const Block<Operand>& block, int64_t begin, int64_t count, const typename Operand::Element* right,
-             int64_t width, int64_t depth, bool first, float* out, const Panels& p) {
-  const int64_t depth_rows = images ? block.columns : block.rows;
-  for (int64_t k0 = 0; k0 < depth_rows; k0 += depth * Operand::kPerWord) {
-    const int64_t rows = smaller(depth_rows - k0, depth * Operand::kPerWord);
-    const int64_t steps = ceil_div(rows, Operand::kPerWord);
-    for (int64_t d = 0; d < width; d += kTileColumns) {
-      pack_across_rows<Operand, kTileColumns>(p.right + d * steps, right + k0 * width + d, width,
-                                              smaller(kTileColumns, width - d), rows);
-    }
-    for (int64_t m = 0; m < count; m += kTileRows) {
-      const int64_t tile = smaller(kTileRows, count - m);
-      if (images) {
-        block.pack_rows(p, begin + m, tile, k0, rows);
-      } else {
-        block.pack_columns(p, begin + m, k0, rows);
-      }
-      multiply_panels<Operand>(p.left, p.right, steps, tile, width, first && k0 == 0, out + m * width);
-    }
-  }
-}
-
-// Adds both products with a block to the results.
+// Adds both products with a block to the results, a slice of their sums at a time: a slice of the right operand is
+// packed once for all threads, while they multiply with the one before.
 template <class Operand>
 void multiply_block(const ContrastiveGrads& a, const Matrix<Operand>& m, const Extents& e, const Workspace& w,
                     const Block<Operand>& block, int used, Team& team) {
+  const int64_t width = a.width, slice = e.depth * Operand::kPerWord;
   const auto part_of = [&](int64_t rows) {
-    return even_part(rows, smaller(kTaskRows, ceil_div(rows, used)), kTileRows);
+    return even_part(rows, smaller(kTaskTiles * kTileRows, ceil_div(rows, 4 * used)), kTileRows);
   };
-  const int64_t x_part = part_of(block.rows), y_part = part_of(block.columns), width = a.width;
-  const int64_t x_tasks = a.grad_x ? ceil_div(block.rows, x_part) : 0;
-  const int64_t y_tasks = a.grad_y ? ceil_div(block.columns, y_part) : 0;
-  parallel(team, x_tasks + y_tasks, [&](int64_t task, int worker) {
+  Product<Operand> products[2];
+  int wanted = 0;
+  if (a.grad_x) {
+    products[wanted++] = {true,       m.y_hat + block.col0 * width, block.columns,   a.grad_x + block.row0 * width,
+                          block.rows, part_of(block.rows),          block.col0 == 0, w.slices[0]};
+  }
+  if (a.grad_y) {
+    products[wanted++] = {false,         m.x_hat + block.row0 * width, block.rows,      a.grad_y + block.col0 * width,
+                          block.columns, part_of(block.columns),       block.row0 == 0, w.slices[1]};
+  }
+  const int64_t panels = ceil_div(width, kTileColumns);
+
+  const auto pack = [&](const Product<Operand>& p, int64_t k0, int64_t panel) {
+    const int64_t length = smaller(slice, p.length - k0), d = panel * kTileColumns;
+    pack_across_rows<Operand, kTileColumns>(p.slices[k0 / slice % 2] + d * ceil_div(length, Operand::kPerWord),
+                                            p.right + k0 * width + d, width, smaller(kTileColumns, width - d), length);
+  };
+  const auto multiply = [&](const Product<Operand>& p, int64_t k0, int64_t task, int worker) {
     Arena arena{w.workers + worker * w.worker_bytes};
-    const Panels p = Panels::take(arena, width, e.depth, Operand());
-    if (task < x_tasks) {
-      const int64_t r = task * x_part;
-      product<Operand, true>(block, r, smaller(x_part, block.rows - r), m.y_hat + block.col0 * width, width, e.depth,
-                             block.col0 == 0, a.grad_x + (block.row0 + r) * width, p);
-    } else {
-      const int64_t c = (task - x_tasks) * y_part;
-      product<Operand, false>(block, c, smaller(y_part, block.columns - c), m.x_hat + block.row0 * width, width,
-                              e.depth, block.row0 == 0, a.grad_y + (block.col0 + c) * width, p);
+    const Left left = Left::take(arena, e.depth);
+    const int64_t length = smaller(slice, p.length - k0), end = smaller(p.rows, (task + 1) * p.part);
+    for (int64_t row = task * p.part; row < end; row += kTileRows) {
+      const int64_t count = smaller(kTileRows, end - row), next = row + kTileRows;
+      const Ahead ahead = next < end ? block.ahead(p.images, next, smaller(kTileRows, end - next), k0, length, panels)
+                                     : Ahead{nullptr, 0, 0, 0, panels};
+      if (p.images) {
+        block.pack_rows(left, row, count, k0, length);
+      } else {
+        block.pack_columns(left, row, k0, length);
+      }
+      multiply_panels<Operand>(left.packed, p.slices[k0 / slice % 2], ceil_div(length, Operand::kPerWord), count, width,
+                               p.first && k0 == 0, p.out + row * width, ahead);
     }
-  });
+  };
+
+  for (int64_t k0 = -slice; k0 < larger(block.rows, block.columns); k0 += slice) {
+    int64_t tasks = 0, ends[4];
+    for (int i = 0; i < wanted; ++i) ends[i] = tasks += k0 + slice < products[i].length ? panels : 0;
+    for (int i = 0; i < wanted; ++i)
+      ends[2 + i] = tasks += k0 >= 0 && k0 < products[i].length ? products[i].tasks() : 0;
+    parallel(team, tasks, [&](int64_t task, int worker) {
+      int64_t begin = 0;
+      for (int i = 0; i < wanted; begin = ends[i++]) {
+        if (task < ends[i]) return pack(products[i], k0 + slice, task - begin);
+      }
+      for (int i = 0; i < wanted; begin = ends[2 + i++]) {
+        if (task < ends[2 + i]) return multiply(products[i], k0, task - begin, worker);
+      }
+    });
+  }
 }
 
 template <class Operand>
 void run(const ContrastiveGrads& a, int used, Team& team) {
   using Element = typename Operand::Element;
   const Matrix<Operand> m(a);
-  const Extents e = Extents::of(a, Operand());
-  const Workspace w(static_cast<char*>(a.workspace), a, e, Operand());
-  const int64_t length = Workspace::columns_length(a);
-  const bool rows_exact = prepare(a.row_lse, a.row_weight, a.rows, a.rows, m.shift, w.row_log2, w.row_weight);
-  const bool cols_exact = prepare(a.col_lse, a.col_weight, a.col_count, length, m.shift, w.col_log2, w.col_weight);
-  const bool one_shift = m.may_share_shift() && rows_exact && cols_exact;
+  const bool one_shift = one_shift_serves(a, m);
+  const Extents e = Extents::of(a, m, one_shift);
+  const Workspace w(static_cast<char*>(a.workspace), a, e, one_shift, Operand());
   for (int64_t i = 0; i < a.rows; ++i) {
-    w.row_factor[i] = one_shift ? w.row_weight[i] * __builtin_exp2f(m.shift - w.row_log2[i]) : 1.0f;
+    const float log2 = log2_of(a.row_lse[i]);
+    w.row_factor[i] = one_shift ? a.row_weight[i] * __builtin_exp2f(m.shift - log2) : 1.0f;
+    if (!one_shift) w.row_log2[i] = log2, w.row_weight[i] = a.row_weight[i];
   }
-  for (int64_t j = 0; j < length; ++j) {
-    w.col_factor[j] = one_shift ? w.col_weight[j] * __builtin_exp2f(m.shift - w.col_log2[j]) : 0.0f;
+  for (int64_t j = 0; j < Workspace::columns_length(a); ++j) {
+    const bool counts = j < a.col_count;
+    const float log2 = counts ? log2_of(a.col_lse[j]) : __builtin_inff(), weight = counts ? a.col_weight[j] : 0.0f;
+    w.col_factor[j] = one_shift ? weight * __builtin_exp2f(m.shift - log2) : 0.0f;
+    if (!one_shift) w.col_log2[j] = log2, w.col_weight[j] = weight;
   }
 
-  // What was not kept, in blocks of a few tasks' size.
-  const int64_t computed = one_shift ? m.first_kept : a.rows;
   Element* const elements = reinterpret_cast<Element*>(w.block);
-  for (int64_t i0 = 0; i0 < computed; i0 += e.block_rows) {
-    const int64_t i1 = smaller(computed, i0 + e.block_rows);
+  for (int64_t i0 = 0; i0 < e.computed; i0 += e.block_rows) {
+    const int64_t i1 = smaller(e.computed, i0 + e.block_rows);
     for (int64_t j0 = 0; j0 < a.columns; j0 += e.block_columns) {
       const int64_t j1 = smaller(a.columns, j0 + e.block_columns), stride = padded(j1 - j0);
       parallel(team, ceil_div(i1 - i0, e.part_rows), [&](int64_t task, int worker) {
@@ -295,11 +350,10 @@ void run(const ContrastiveGrads& a, int used, Team& team) {
                      used, team);
     }
   }
-  if (computed < a.rows) {
-    multiply_block(
-        a, m, e, w,
-        {m.kept(computed), a.kept_stride, computed, a.kept_rows, 0, a.columns, w.row_factor + computed, w.col_factor},
-        used, team);
+  if (const int64_t i0 = e.computed; i0 < a.rows) {
+    multiply_block(a, m, e, w,
+                   {m.kept(i0), a.kept_stride, i0, a.rows - i0, 0, a.columns, w.row_factor + i0, w.col_factor}, used,
+                   team);
   }
 }
 
@@ -313,8 +367,11 @@ void contrastive_grads(const ContrastiveGrads& a) {
 }
 
 int64_t contrastive_grads_workspace(const ContrastiveGrads& a) {
-  return with_operand(a.operand_dtype,
-                      [&](auto operand) { return Workspace(nullptr, a, Extents::of(a, operand), operand).bytes; });
+  return with_operand(a.operand_dtype, [&](auto operand) {
+    const Matrix<decltype(operand)> m(a);
+    const bool one_shift = one_shift_serves(a, m);
+    return Workspace(nullptr, a, Extents::of(a, m, one_shift), one_shift, operand).bytes;
+  });
 }
 
 }  // namespace MODEST_ALIGN_LEVEL

@@ -21,7 +21,8 @@ struct Slots {
   int64_t rows, count;
 
   Slots(int64_t all_rows, int64_t steps, int threads) {
-    const int64_t wanted = larger(threads, smaller(32, all_rows / panel_rows(steps)));
+    // A whole number for each thread, of a panel each or of several equal ones.
+    const int64_t wanted = smaller(larger(threads, 32), round_up(ceil_div(all_rows, panel_rows(steps)), threads));
     rows = round_up(ceil_div(all_rows, wanted), kTileRows);
     count = ceil_div(all_rows, rows);
   }
@@ -41,7 +42,7 @@ struct Workspace {
     col_total = arena.take<double>(slots.count * padded(a.columns));
     row_shift = arena.take<float>(a.rows);
     col_shift = arena.take<float>(padded(a.columns));
-    panel = smaller(panel_rows(steps), slots.rows);
+    panel = even_part(slots.rows, panel_rows(steps), kTileRows);
     workers = arena.next;
     Arena worker{nullptr};
     Packed::take(worker, panel, steps);
@@ -169,7 +170,8 @@ void run(const ContrastiveStats& a, Team& team) {
   const Matrix<Operand> m(a);
   const Workspace w(static_cast<char*>(a.workspace), a, m.steps);
   if (m.may_share_shift()) {
-    prefer_huge_pages(a.exponentials, a.kept_rows * a.kept_stride * static_cast<int64_t>(sizeof(typename Operand::Element)));
+    prefer_huge_pages(a.exponentials,
+                      a.kept_rows * a.kept_stride * static_cast<int64_t>(sizeof(typename Operand::Element)));
     collect_all<Operand, Collect::sums>(m, w, team);
     const auto shift = [&](int64_t) { return m.shift; };
     const bool rows_exact = logsumexps(w.row_total, a.rows, a.row_lse, shift);

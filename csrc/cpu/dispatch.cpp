@@ -156,7 +156,8 @@ void run_team(int threads, void (*body)(void*, Team&), void* context) {
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
 #ifdef __linux__
   constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory), end = begin + static_cast<std::uintptr_t>(bytes);
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory),
+                       end = begin + static_cast<std::uintptr_t>(bytes);
   const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif

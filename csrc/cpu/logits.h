@@ -133,7 +133,11 @@ void multiply_rows(const Matrix<Operand>& m, const Packed& packed, int64_t first
       pack_along_rows<kTileColumns>(packed.right, y_words + col0 * m.steps, m.steps, count, m.steps);
       const IdRange col_ids = IdRange::of(a.col_ids, col0, count);
       epilogue.begin_columns();
+      const int64_t next = smaller(kTileColumns, col_last - col0 - count);
+      const Ahead ahead{reinterpret_cast<const char*>(y_words + (col0 + count) * m.steps), 4 * m.steps, next,
+                        4 * m.steps / kLine, tiles};
       for (int64_t t = 0; t < tiles; ++t) {
+        ahead.fetch(t);
         const int64_t row0 = i0 + t * kTileRows;
         const IdRange row_ids = packed.row_ids[t];
         const bool diagonal = a.exclude_diagonal && row0 < col0 + kTileColumns && col0 < row0 + kTileRows;

@@ -32,6 +32,8 @@ MODEST_ALIGN_INLINE int64_t panel_rows(int64_t steps) {
   return larger(8, (int64_t{1} << 18) / (steps * kTileRows)) * kTileRows;
 }
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 // Pieces of a workspace, each aligned for a vector.
 struct Arena {
   char* next;
@@ -48,6 +50,21 @@ struct Arena {
 // contrastive_grads.
 MODEST_ALIGN_INLINE int64_t staggered(int64_t bytes) { return round_up(bytes, 4096) + 2048 + 64; }
 
+// What is packed next: [rows, lines] cache lines, some of which are fetched with each tile, so that the matmul hides
+// it.
+struct Ahead {
+  const char* from;
+  int64_t stride;  // bytes from row to row
+  int64_t rows, lines, shares;
+
+  MODEST_ALIGN_METHOD void fetch(int64_t share) const {
+    const int64_t all = rows * lines;
+    for (int64_t i = all * share / shares; i < all * (share + 1) / shares; ++i) {
+      __builtin_prefetch(from + i % rows * stride + i / rows * kLine);
+    }
+  }
+};
+
 typedef uint32_t Quad __attribute__((vector_size(16)));
 
 MODEST_ALIGN_INLINE Quad interleave_low(Quad a, Quad b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
@@ -57,9 +74,8 @@ MODEST_ALIGN_INLINE Quad interleave_high(Quad a, Quad b) { return __builtin_shuf
 template <int kWidth>
 static void pack_along_rows(uint32_t* packed, const uint32_t* source, int64_t row_words, int64_t count, int64_t steps) {
   // A cache line of every row at a time, so that what is written is still near when the next rows come to it.
-  constexpr int64_t kLine = 16;
-  for (int64_t k0 = 0; k0 < steps; k0 += kLine) {
-    const int64_t k1 = smaller(steps, k0 + kLine);
+  for (int64_t k0 = 0; k0 < steps; k0 += kLine / 4) {
+    const int64_t k1 = smaller(steps, k0 + kLine / 4);
     int m = 0;
     for (; m + 4 <= kWidth && m + 4 <= count; m += 4) {
       const uint32_t* row = source + m * row_words;

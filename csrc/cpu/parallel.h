@@ -16,8 +16,8 @@ void run_team(int threads, void (*body)(void*, Team&), void* context);
 // the next index, so a task's result must not depend on its worker.
 void run_tasks(Team& team, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context);
 
-// Asks for huge pages in fresh memory that is about to be written: every page of 4 KiB costs a microsecond or two when it
-// is touched first. Nothing happens to small pieces, and where the system has no such thing.
+// Asks for huge pages in fresh memory that is about to be written: every page of 4 KiB costs a microsecond or two when
+// it is touched first. Nothing happens to small pieces, and where the system has no such thing.
 void prefer_huge_pages(void* memory, std::int64_t bytes);
 
 namespace MODEST_ALIGN_LEVEL {

@@ -145,14 +145,15 @@ MODEST_ALIGN_INLINE Vec load_vector(const uint16_t* p) {
   return bits<Vec>(__builtin_convertvector(load<HalfVec>(p), WordVec) << 16);
 }
 MODEST_ALIGN_INLINE void store_vector(float* p, Vec x) { store(p, x); }
-// The bfloat16 nearest to each lane, in its lower half.
-MODEST_ALIGN_INLINE WordVec rounded_bfloat16(Vec x) {
+MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec x) {
+#if defined(__AVX512BF16__)
+  store(p, bits<HalfVec>(_mm512_cvtneps_pbh((__m512)x)));
+#else
   const WordVec word = bits<WordVec>(x);
   const WordVec rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  return x == x ? rounded : 0x7FC0 - WordVec{};
-}
-MODEST_ALIGN_INLINE void store_vector(uint16_t* p, Vec x) {
-  store(p, __builtin_convertvector(rounded_bfloat16(x), HalfVec));
+  const WordVec kept = x == x ? rounded : 0x7FC0 - WordVec{};
+  store(p, __builtin_convertvector(kept, HalfVec));
+#endif
 }
 
 // Operands by name of their type: what one step of a dot product takes, as a 32-bit word, and how it is added.
@@ -173,7 +174,9 @@ struct BFloat16 {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
   }
   MODEST_ALIGN_INLINE WordVec word(Vec first, Vec second) {
-    return rounded_bfloat16(first) | rounded_bfloat16(second) << 16;
+    const WordVec low = __builtin_convertvector(bits<HalfVec>(_mm512_cvtneps_pbh((__m512)first)), WordVec);
+    const WordVec high = __builtin_convertvector(bits<HalfVec>(_mm512_cvtneps_pbh((__m512)second)), WordVec);
+    return low | high << 16;
   }
 };
 #else

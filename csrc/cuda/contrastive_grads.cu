@@ -172,7 +172,8 @@ int contrastive_g(const ContrastiveG& a) {
     return launch_matmul<Tile>(x_block, y_block, static_cast<int>(a.block_rows), static_cast<int>(a.block_columns),
                                static_cast<int>(a.width), params, static_cast<cudaStream_t>(a.cuda_stream));
   };
-  return tile_columns(a.block_rows, a.block_columns) == 256 ? run(GradsTile<256>()) : run(GradsTile<128>());
+  return tile_columns(a.block_rows, a.block_columns) == kTileColumns ? run(GradsTile<kTileColumns>())
+                                                                     : run(GradsTile<kTileColumns / 2>());
 }
 
 }  // namespace modest_align::cuda

@@ -129,6 +129,17 @@ struct StatsTile {
   template <class Dots>
   __device__ static void careful_sums(float* columns, const LogitScale& logit, const Dots& dots, int lane,
                                       float (&row_log2)[2]) {
+    // Lanes exchange the columns' maxima through shared memory, before the rows' take registers: few are left.
+    float* const own = columns + 2 * (lane % 4);
+#pragma unroll
+    for (int first = 0; first < kColumns / 8; first += 4) {
+      float largest[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest[i] = fmaxf(dots(dot_at(first, i, 0)), dots(dot_at(first, i, 1)));
+      scatter_combine(largest, lane, Larger());
+      own[column_at(first, kept_value(lane))] = fmaxf(largest[0] * logit.k, -1e30f);
+    }
+    __syncwarp();
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) row_max[i / 2 % 2] = fmaxf(row_max[i / 2 % 2], dots(i));
@@ -149,21 +160,16 @@ struct StatsTile {
     }
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += 4) {
-      float largest[8], sum[8];
+      float sum[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float upper = dots(dot_at(first, i, 0)), lower = dots(dot_at(first, i, 1));
-        largest[i] = fmaxf(upper, lower);
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-        largest[i] = fmaxf(largest[i] * logit.k, -1e30f);
-        sum[i] = exp2_approx(fmaf(upper, logit.k, -largest[i])) + exp2_approx(fmaf(lower, logit.k, -largest[i]));
+        const float largest = own[column_at(first, i)];
+        sum[i] = exp2_approx(fmaf(dots(dot_at(first, i, 0)), logit.k, -largest)) +
+                 exp2_approx(fmaf(dots(dot_at(first, i, 1)), logit.k, -largest));
       }
+      __syncwarp();  // all have read what is overwritten here
       scatter_combine(sum, lane, Sum());
-      scatter_combine(largest, lane, Larger());
-      const int kept = kept_value(lane);
-      columns[2 * (lane % 4) + column_at(first, kept)] = log2f(sum[0]) + largest[0];
-      __syncwarp();  // keeps the compiler from working on all columns at once, for which there are no registers
+      own[column_at(first, kept_value(lane))] += log2f(sum[0]);
     }
   }
 };
@@ -209,7 +215,7 @@ std::int64_t partial_bytes(std::int64_t rows, std::int64_t columns, std::int64_t
 
 // Rows of all waves but the last, the same for all up to whole tiles, so that their partials fit the workspace.
 std::int64_t wave_rows(const ContrastiveStats& a) {
-  constexpr std::int64_t kMultiple = 2 * kTileRows;
+  constexpr std::int64_t kMultiple = kClusterRows * kTileRows;
   const std::int64_t bytes = partial_bytes(kMultiple, a.columns, a.col_count, tile_columns(a.rows, a.columns));
   return smaller(a.rows, even_part(a.rows, a.workspace_bytes / bytes * kMultiple, kMultiple));
 }
@@ -247,7 +253,7 @@ int contrastive_stats(const ContrastiveStats& a) {
       const typename Tile::Params params{pairs, a.scale, row_partial, col_partial, static_cast<int>(a.col_count)};
       return launch_matmul<Tile>(x_wave, a.y_hat, here, columns, width, params, stream);
     };
-    status = tile == 256 ? run(StatsTile<256>()) : run(StatsTile<128>());
+    status = tile == kTileColumns ? run(StatsTile<kTileColumns>()) : run(StatsTile<kTileColumns / 2>());
     if (status == cudaSuccess) {
       status = merge(row_partial, a.row_lse + first, true, ceil_div(columns, tile), here, stream);
     }

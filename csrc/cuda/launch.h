@@ -33,12 +33,12 @@ class CurrentDevice {
   cudaError_t status_;
 };
 
-// Launches a kernel on a row of blocks.
+// Launches a kernel on a grid of blocks.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, dim3 threads, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
                    const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = blocks;
   config.blockDim = threads;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);

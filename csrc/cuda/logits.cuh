@@ -14,11 +14,14 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "experiment.h"
 
 namespace modest_align::cuda {
 
-constexpr int kTileRows = 128;
-constexpr int kGroupRows = 64;  // of one warp group
+constexpr int kTileRows = kExperiment == "pingpong64" ? 64 : 128;
+constexpr int kTileColumns = kExperiment == "pingpong128" ? 128 : 256;               // or half as many
+constexpr int kGroupRows = 64;                                                       // of one warp group's WGMMA
+constexpr int kClusterRows = 256 / kTileRows, kClusterColumns = 256 / kTileColumns;  // tiles that share operands
 // What follows the epilogue's shared memory are operands whose swizzle repeats every 1,024 bytes.
 constexpr int kSharedAlignment = 1024;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -30,8 +33,9 @@ constexpr float kSmallestSum = 8.271806125530277e-25f;
 
 // Columns of a tile by shape: the widest reads the fewest bytes, but must come often enough to fill the chip.
 inline int tile_columns(std::int64_t rows, std::int64_t columns) {
-  constexpr int kProcessors = 132;  // of an H100 or H200
-  return ceil_div(rows, kTileRows) * ceil_div(columns, 256) < kProcessors ? 128 : 256;
+  constexpr int kAtATime = 132 * (kPingpong ? 2 : 1);  // on an H100 or H200
+  const bool few = ceil_div(rows, kTileRows) * ceil_div(columns, kTileColumns) < kAtATime;
+  return few ? kTileColumns / 2 : kTileColumns;
 }
 
 // Logits in units of log2 are k * dot, and those minus `shift` do not overflow exp2.

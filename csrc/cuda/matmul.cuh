@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "cuda/experiment.cuh"
 #include "cuda/launch.h"
 #include "cuda/logits.cuh"
 
@@ -93,9 +94,13 @@ struct Epilogue {
     using cute::get;
     static_assert(cute::is_same_v<typename Mma::AtomLayoutC_TV, cute::SM90::GMMA::CLayout_64xN<kColumns>>);
     static_assert(cute::size(Mma{}) == 256 && decltype(cute::size(dots))::value == kColumns / 2);
-    const int lane = thread % 32, warp = thread / 32 % 4, group = thread / 128;
-    const int group_row = get<0>(coord) * kTileRows + group * kGroupRows;
-    const int tile_column = get<1>(coord) * kColumns;
+    run(shape, get<0>(coord) * kTileRows + thread / 128 * kGroupRows, get<1>(coord) * kColumns, dots, thread, shared);
+  }
+
+  template <class Shape, class Dots>
+  CUTLASS_DEVICE void run(const Shape& shape, int group_row, int tile_column, Dots& dots, int thread, char* shared) {
+    using cute::get;
+    const int lane = thread % 32, warp = thread / 32 % 4;
     // A whole warp group leaves or stays, for it meets at barriers.
     if (group_row >= get<0>(shape) || tile_column >= get<1>(shape)) return;
     const Place place(group_row + 16 * warp, tile_column, kColumns, lane, get<0>(shape), get<1>(shape), params.pairs);
@@ -106,13 +111,15 @@ struct Epilogue {
 template <class Tile>
 struct MatmulOf {
   using TileShape = cute::Shape<cute::Int<kTileRows>, cute::Int<Tile::kColumns>, cute::_64>;
-  using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using CollectiveEpilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<Epilogue<Tile>>;
+  using ClusterShape = cute::Shape<cute::Int<kClusterRows>, cute::Int<kClusterColumns>, cute::_1>;
+  using CollectiveEpilogue =
+      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<Experiment<Epilogue<Tile>>>;
   using Carveout = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Tile::Shared))>;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::half_t, cutlass::layout::RowMajor, 8,
-      cutlass::half_t, cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape, Carveout,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Mainloop =
+      typename cutlass::gemm::collective::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
+                                                            cutlass::half_t, cutlass::layout::RowMajor, 8,
+                                                            cutlass::half_t, cutlass::layout::ColumnMajor, 8, float,
+                                                            TileShape, ClusterShape, Carveout, Schedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, Mainloop, CollectiveEpilogue,
                                                       cutlass::gemm::PersistentScheduler>;
 };
@@ -128,8 +135,8 @@ __global__ void __launch_bounds__(MatmulOf<Tile>::Kernel::MaxThreadsPerBlock, 1)
 // makes few tiles of nothing, for the scheduler rounds up to it.
 inline int swizzle(std::int64_t tiles_of_rows, std::int64_t tiles_of_columns) {
   for (int size : {8, 4, 2}) {
-    const std::int64_t rounded_rows = ceil_div(tiles_of_rows, 2 * size) * 2 * size;
-    const std::int64_t rounded_columns = ceil_div(tiles_of_columns, size) * size;
+    const std::int64_t rounded_rows = round_up(tiles_of_rows, kClusterRows * size);
+    const std::int64_t rounded_columns = round_up(tiles_of_columns, kClusterColumns * size);
     if (rounded_rows * rounded_columns * 16 <= tiles_of_rows * tiles_of_columns * 17) return size;
   }
   return 1;
@@ -140,7 +147,7 @@ template <class Tile>
 cudaError_t launch_matmul(const void* x_hat, const void* y_hat, int rows, int columns, int width,
                           const typename Tile::Params& epilogue, cudaStream_t stream) {
   using Kernel = typename MatmulOf<Tile>::Kernel;
-  static_assert(Kernel::SharedStorageSize <= 227 * 1024);
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024 && MatmulOf<Tile>::Mainloop::DispatchPolicy::Stages >= 3);
   if (!is_aligned(x_hat) || !is_aligned(y_hat)) return cudaErrorMisalignedAddress;
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
@@ -160,21 +167,27 @@ cudaError_t launch_matmul(const void* x_hat, const void* y_hat, int rows, int co
   arguments.hw_info.sm_count = processors;
   arguments.scheduler.max_swizzle_size = swizzle(ceil_div(rows, kTileRows), ceil_div(columns, Tile::kColumns));
   if (!Kernel::can_implement(arguments)) return cudaErrorInvalidValue;
-  const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
 
   status =
       cudaFuncSetAttribute(matmul_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {2, 1, 1};
+  cluster.val.clusterDim = {kClusterRows, kClusterColumns, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = Kernel::get_grid_shape(params);
   config.blockDim = Kernel::get_block_shape();
   config.dynamicSmemBytes = Kernel::SharedStorageSize;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  if (kClusterRows * kClusterColumns > 2) {
+    // CUTLASS would leave processors idle: of the units of 18 that it assumes, a cluster of two alone uses all.
+    config.gridDim = dim3(kClusterRows, kClusterColumns);
+    status = cudaOccupancyMaxActiveClusters(&arguments.hw_info.max_active_clusters, matmul_kernel<Tile>, &config);
+    if (status != cudaSuccess) return status;
+  }
+  const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
+  config.gridDim = Kernel::get_grid_shape(params);
   return cudaLaunchKernelEx(&config, matmul_kernel<Tile>, params);
 }
 

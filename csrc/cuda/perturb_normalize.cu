@@ -3,20 +3,18 @@
 // A row is held in registers by one warp, or by a block where it is long, eight features at a time: 16 bytes of 16-bit
 // features. The noise's integers are those of noise.random_bits.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <initializer_list>
 #include <type_traits>
 
+#include "cuda/group_sums.cuh"
 #include "cuda/launch.h"
+#include "cuda/vector.cuh"
 #include "kernels.h"
 #include "philox.h"
 
 namespace modest_align::cuda {
 namespace {
 
-constexpr int kVector = 8;
 constexpr float kMinNorm = 1e-12f;
 
 template <typename T>
@@ -24,81 +22,9 @@ __device__ float to_float(T value) {
   return static_cast<float>(value);
 }
 
-__device__ void unpack(const uint4& bits, const __half*, float (&values)[kVector]) {
-  const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __half22float2(pairs[i]);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
-  }
-}
-
-__device__ void unpack(const uint4& bits, const __nv_bfloat16*, float (&values)[kVector]) {
-  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bits);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __bfloat1622float2(pairs[i]);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
-  }
-}
-
-// Eight neighbours from a 16-byte aligned address.
-template <typename T>
-__device__ void load_vector(const T* from, float (&values)[kVector]) {
-  unpack(__ldg(reinterpret_cast<const uint4*>(from)), from, values);
-}
-
-template <>
-__device__ void load_vector(const float* from, float (&values)[kVector]) {
-  const float4* quads = reinterpret_cast<const float4*>(from);
-  const float4 low = __ldg(quads), high = __ldg(quads + 1);
-  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-}
-
-__device__ void store_vector(__half* to, const float (&values)[kVector]) {
-  uint4 bits;
-  __half2* pairs = reinterpret_cast<__half2*>(&bits);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-  *reinterpret_cast<uint4*>(to) = bits;
-}
-
-__device__ void store_vector(__nv_bfloat16* to, const float (&values)[kVector]) {
-  uint4 bits;
-  __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-  *reinterpret_cast<uint4*>(to) = bits;
-}
-
-__device__ void store_vector(float* to, const float (&values)[kVector]) {
-  reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
-  reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
-}
-
 __device__ void store_element(__half* to, float value) { *to = __float2half_rn(value); }
 __device__ void store_element(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 __device__ void store_element(float* to, float value) { *to = value; }
-
-// The sum over the kThreads threads of a row, the same bits in each.
-template <int kThreads>
-__device__ float row_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
-  if constexpr (kThreads > 32) {
-    __shared__ float warps[kThreads / 32];
-    __syncthreads();  // the sum before this one has been read
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) value += warps[w];
-  }
-  return value;
-}
 
 // Two standard normals of two words: noise.gaussian_noise.
 __device__ void box_muller(std::uint32_t word0, std::uint32_t word1, float& first, float& second) {
@@ -215,55 +141,71 @@ __global__ void __launch_bounds__(256)
 
 template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(256)
-    perturb_normalize_backward_kernel(const float* __restrict__ grad, const __half* __restrict__ x_hat,
-                                      const float* __restrict__ inv_norm, const __half* __restrict__ pair_hat,
-                                      const float* __restrict__ pair_weight, const float* __restrict__ offset,
-                                      const float* __restrict__ factor, T* __restrict__ dx, bool aligned,
-                                      float* __restrict__ row_dot, std::int64_t rows, std::int64_t pairs, int features,
-                                      int width) {
+    perturb_normalize_backward_kernel(const __grid_constant__ PerturbNormalizeBackward a,
+                                      const __grid_constant__ GroupSums sums, bool aligned) {
   const std::int64_t row = std::int64_t{blockIdx.x} * (256 / kThreads) + threadIdx.x / kThreads;
-  const int thread = threadIdx.x % kThreads;
-  if (row >= rows) return;
-  const bool has_pair = row < pairs;
-  const float weight = has_pair ? pair_weight[row] : 0.0f;
-  const float* row_offset = has_pair ? offset : offset + width;
+  const int thread = threadIdx.x % kThreads, features = static_cast<int>(a.features), width = sums.width;
+  if (row >= a.rows) return;
+  const bool has_pair = row < a.pairs;
+  const float* grad = a.grad + row * width;
+  const __half* x_hat = static_cast<const __half*>(a.x_hat) + row * width;
+  const __half* pair_hat = static_cast<const __half*>(a.pair_hat) + row * width;
+  const float weight = has_pair ? a.pair_weight[row] : 0.0f;
+  float smoothing = 0.0f, own_weight = 0.0f;
+  int id = -1;
+  bool has_rows = false;
+  if (a.smoothing != nullptr) {
+    smoothing = *a.smoothing;
+    if (has_pair) own_weight = smoothing * a.negative_weight[row];
+    if (a.ids != nullptr) {
+      id = a.ids[row];
+      has_rows = sums.count(0, id) > 0;
+    }
+  }
   float g[kVectors][kVector];
   float dot = 0.0f;
 #pragma unroll
   for (int c = 0; c < kVectors; ++c) {
     const int feature = kVector * (c * kThreads + thread);
     if (feature >= width) break;
-    load_vector(grad + row * width + feature, g[c]);
-    float added[kVector], unit[kVector];
-    load_vector(row_offset + feature, added);
+    load_vector(grad + feature, g[c]);
+    float values[kVector];
+    const auto add = [&](float times) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) g[c][i] += added[i];
+      for (int i = 0; i < kVector; ++i) g[c][i] = fmaf(times, values[i], g[c][i]);
+    };
     if (has_pair) {
-      load_vector(pair_hat + row * width + feature, added);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) g[c][i] = fmaf(weight, added[i], g[c][i]);
+      load_vector(pair_hat + feature, values);
+      add(weight);
     }
-    load_vector(x_hat + row * width + feature, unit);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      g[c][i] *= *factor;
-      dot = fmaf(unit[i], g[c][i], dot);
+    if (a.smoothing != nullptr) {
+      if (has_pair) {
+        sums.load_own(0, 0, id, has_rows, feature, values);
+        add(own_weight);
+      }
+      sums.load_own(0, 1, id, has_rows, feature, values);
+      add(smoothing);
     }
+    load_vector(x_hat + feature, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) dot = fmaf(values[i], g[c][i], dot);
   }
   dot = row_sum<kThreads>(dot);
-  const float inverse = inv_norm[row];
-  if (thread == 0) row_dot[row] = dot;
-  // A row whose norm was below 1e-12 was divided by a constant: no projection there.
-  const float projection = inverse < 1.0f / kMinNorm ? dot : 0.0f;
+  if (thread == 0) a.row_dot[row] = *a.factor * dot;
+  const float inverse = a.inv_norm[row], times = inverse * (*a.factor * *a.scale);
+  // A row whose norm was below 1e-12 was divided by a constant, and has no gradient. A NaN's stays.
+  const bool divided_by_constant = inverse >= 1.0f / kMinNorm;
 #pragma unroll
   for (int c = 0; c < kVectors; ++c) {
     const int feature = kVector * (c * kThreads + thread);
     if (feature >= features) break;
     float unit[kVector];
-    load_vector(x_hat + row * width + feature, unit);  // a second time, from the cache: registers are dearer
+    load_vector(x_hat + feature, unit);  // a second time, from the cache: registers are dearer
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) g[c][i] = fmaf(-projection, unit[i], g[c][i]) * inverse;
-    T* to = dx + row * features + feature;
+    for (int i = 0; i < kVector; ++i) {
+      g[c][i] = divided_by_constant ? 0.0f : fmaf(-dot, unit[i], g[c][i]) * times;
+    }
+    T* to = static_cast<T*>(a.dx) + row * features + feature;
     if (aligned) {
       store_vector(to, g[c]);
     } else {
@@ -292,14 +234,31 @@ cudaError_t forward(const PerturbNormalize& a) {
                                : run(perturb_normalize_kernel<T, 256, 8>, 1);
 }
 
+// The other side's sums, plain and weighted.
+GroupSums sums_of(const PerturbNormalizeBackward& a) {
+  GroupSums sums{};
+  sums.first = {static_cast<const __half*>(a.pair_hat), a.pair_ids, a.pair_order, a.pair_rows};
+  sums.sides = 1;
+  sums.kinds = 2;
+  sums.weight = a.pair_negative_weight;
+  sums.weighted_rows = a.pairs;
+  sums.numbers = a.pairs + 1;
+  sums.width = static_cast<int>(a.width);
+  return sums;
+}
+
 template <typename T>
 cudaError_t backward(const PerturbNormalizeBackward& a) {
+  const auto stream = static_cast<cudaStream_t>(a.cuda_stream);
+  GroupSums sums = sums_of(a);
+  if (a.smoothing != nullptr) {
+    sums.place(a.workspace);
+    const cudaError_t status = sum_groups(sums, stream);
+    if (status != cudaSuccess) return status;
+  }
   const bool aligned = a.features % kVector == 0 && is_aligned(a.dx);
   const auto run = [&](auto kernel, int rows_of_block) {
-    return launch(kernel, ceil_div(a.rows, rows_of_block), 256, static_cast<cudaStream_t>(a.cuda_stream), a.grad,
-                  static_cast<const __half*>(a.x_hat), a.inv_norm, static_cast<const __half*>(a.pair_hat),
-                  a.pair_weight, a.offset, a.factor, static_cast<T*>(a.dx), aligned, a.row_dot, a.rows, a.pairs,
-                  static_cast<int>(a.features), static_cast<int>(a.width));
+    return launch(kernel, ceil_div(a.rows, rows_of_block), 256, stream, a, sums, aligned);
   };
   return a.width <= kWarpWidth ? run(perturb_normalize_backward_kernel<T, 32, 4>, 8)
                                : run(perturb_normalize_backward_kernel<T, 256, 8>, 1);
@@ -330,8 +289,12 @@ int perturb_normalize(const PerturbNormalize& a) {
                  [&](auto* feature) { return forward<std::remove_pointer_t<decltype(feature)>>(a); });
 }
 
+std::int64_t perturb_normalize_backward_workspace(const PerturbNormalizeBackward& a) {
+  return !a.smoothing ? 0 : sums_of(a).place(nullptr);
+}
+
 int perturb_normalize_backward(const PerturbNormalizeBackward& a) {
-  return checked(a, a.dx_dtype, {a.grad, a.x_hat, a.pair_hat, a.offset},
+  return checked(a, a.dx_dtype, {a.grad, a.x_hat, a.pair_hat, a.workspace},
                  [&](auto* feature) { return backward<std::remove_pointer_t<decltype(feature)>>(a); });
 }
 

@@ -34,10 +34,15 @@ def _workspace_bytes() -> int:
     return int(mib) * 2**20
 
 
+# Of these a build of the CUDA kernels has at most one.
+CUDA_EXPERIMENTS = ("pingpong64", "pingpong128", "stagger")
+
+
 def _experiment() -> str | None:
     name = os.environ.get("MODEST_ALIGN_EXPERIMENT") or None
-    if name not in (None, "triton-persistent"):
-        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want triton-persistent")
+    known = ("triton-persistent", *CUDA_EXPERIMENTS)
+    if name not in (None, *known):
+        raise ValueError(f"MODEST_ALIGN_EXPERIMENT: got {name!r}, want {', '.join(known[:-1])} or {known[-1]}")
     return name
 
 
@@ -64,7 +69,7 @@ class Backend:
             is aligned, none is masked.
         why_not: why it cannot run on a device, for features of a dtype and a number (None asks about the device alone),
             in one sentence; None if it can.
-        module: for a device type, the module that has the four functions; imported when first used.
+        module: for a device type, the module that has the five functions; imported when first used.
         exponentials_shape: for B, N, the operands' dtype and a device type, the shape of what contrastive_stats keeps
             for contrastive_grads (:class:`~modest_align_kernels.backends.contract.Logits`); without rows: nothing.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ class Launch:
     parameters: bytes
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)  # blocks
     shared_bytes: int = 0  # beyond the static variables
-    cluster: int = 1  # blocks along x
 
 
 @dataclass
@@ -104,9 +105,11 @@ class Unit:
             **{f"%ctaid.{axis}": lambda n=n: n for axis, n in zip("xyz", block.number, strict=True)},
             **{f"%nctaid.{axis}": lambda n=n: n for axis, n in zip("xyz", (gx, gy, gz), strict=True)},
             "%cluster_ctarank": lambda: block.rank,
-            "%cluster_ctaid.x": lambda: block.rank,
-            "%cluster_ctaid.y": lambda: 0,
-            "%cluster_ctaid.z": lambda: 0,
+            **{
+                f"%cluster_ctaid.{axis}": lambda n=n, c=c: n % c
+                for axis, n, c in zip("xyz", block.number, launch.cluster, strict=True)
+            },
+            "%clock64": lambda: block.cluster.run.executed,  # as good as any other that only grows
         }[name]()
 
     def memory(self, space: str) -> Memory:
@@ -132,12 +135,11 @@ class Unit:
 class Cluster:
     """Thread blocks that run at the same time and see each other's shared memory."""
 
-    def __init__(self, run: Run, first: int) -> None:
+    def __init__(self, run: Run, first: tuple[int, int, int]) -> None:
         self.run = run
-        launch = run.launch
-        gx, gy, _ = launch.grid
-        numbers = [(i % gx, i // gx % gy, i // (gx * gy)) for i in range(first, first + launch.cluster)]
-        self.blocks = [Block(self, rank, number, launch) for rank, number in enumerate(numbers)]
+        x, y, z = (range(n, n + size) for n, size in zip(first, run.launch.cluster, strict=True))
+        numbers = [(i, j, k) for k in z for j in y for i in x]
+        self.blocks = [Block(self, rank, number, run.launch) for rank, number in enumerate(numbers)]
         self.arrived = 0  # threads at barrier.cluster
         self.copies: list[tensor_memory.Copy] = []  # bulk copies in flight
         self.units = [unit for block in self.blocks for unit in self._units(block)]
@@ -147,12 +149,7 @@ class Cluster:
         units = []
         for first in range(0, block.threads, lanes):
             thread = np.arange(first, min(first + lanes, block.threads))
-            # Registers that nobody has written are NaN, or false.
-            unwritten = {
-                d: np.full(len(thread), False if d.kind == "b" else np.iinfo(d).max, d)
-                for d in set(block.launch.kernel.registers)
-            }
-            units.append(Unit(block, thread, [unwritten[d] for d in block.launch.kernel.registers], [Path(0, None)]))
+            units.append(Unit(block, thread, list(self.run.unwritten(len(thread))), [Path(0, None)]))
         return units
 
     def block_at(self, address: int) -> Block:
@@ -307,17 +304,27 @@ class Run:
         self.instruction, self.launch, self.memory, self.order = program.instruction, launch, memory, order
         self.rng = random.Random(order.seed)
         self.executed = 0
+        self._unwritten: dict[int, list[Array]] = {}
         self.parameters = Memory()
         # Loads may be as wide as their alignment says, past the last parameter.
         storage = np.frombuffer(launch.parameters.ljust(-(-len(launch.parameters) // 16) * 16, b"\0"), np.uint8)
         self.parameters.add(Allocation("the parameters", 0, len(launch.parameters), storage, writable=False))
 
+    def unwritten(self, lanes: int) -> list[Array]:
+        """Registers that nobody has written: NaN, or false."""
+        if lanes not in self._unwritten:
+            kinds = self.launch.kernel.registers
+            values = {d: np.full(lanes, False if d.kind == "b" else np.iinfo(d).max, d) for d in set(kinds)}
+            self._unwritten[lanes] = [values[d] for d in kinds]
+        return self._unwritten[lanes]
+
     def execute(self) -> int:
         """Run all blocks, a cluster after the other; returns the number of instructions."""
-        blocks = int(np.prod(self.launch.grid))
-        if self.launch.grid[0] % self.launch.cluster:
-            raise Fault(f"a grid of {self.launch.grid} blocks is not whole clusters of {self.launch.cluster}")
+        grid, cluster = self.launch.grid, self.launch.cluster
+        if any(n % size for n, size in zip(grid, cluster, strict=True)):
+            raise Fault(f"a grid of {grid} blocks is not whole clusters of {cluster}")
+        x, y, z = (range(0, n, size) for n, size in zip(grid, cluster, strict=True))
         with np.errstate(all="ignore"):
-            for first in range(0, blocks, self.launch.cluster):
-                Cluster(self, first).execute()
+            for k, j, i in product(z, y, x):
+                Cluster(self, (i, j, k)).execute()
         return self.executed

@@ -30,8 +30,8 @@ struct TensorMap {
 };
 
 int current_device = 0, processors = 132;
-int (*launch)(const char* kernel, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
-              unsigned long shared) = nullptr;
+int (*launch)(const char* kernel, void** arguments, const unsigned* grid, const unsigned* block,
+              const unsigned* cluster, unsigned long shared) = nullptr;
 std::string fault;
 
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType dtype, cuuint32_t rank, void* address,
@@ -92,6 +92,11 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** address,
   return cudaSuccess;
 }
 
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
   return &handle;
@@ -113,6 +118,11 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   functions().at(function).largest_shared = value;
   return cudaSuccess;
 }
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+  const auto& size = config->attrs[0].val.clusterDim;
+  *count = processors / static_cast<int>(size.x * size.y * size.z);
+  return cudaSuccess;
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   const auto found = functions().find(function);
   if (found == functions().end()) return cudaErrorInvalidDeviceFunction;
@@ -121,14 +131,12 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
       block.x * block.y * block.z == 0 || block.x * block.y * block.z > 1024) {
     return cudaErrorInvalidValue;
   }
-  unsigned cluster = 1;
+  unsigned cluster[3] = {1, 1, 1};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id != cudaLaunchAttributeClusterDimension || attribute.val.clusterDim.y != 1 ||
-        attribute.val.clusterDim.z != 1) {
-      return cudaErrorNotSupported;
-    }
-    cluster = attribute.val.clusterDim.x;
+    if (attribute.id != cudaLaunchAttributeClusterDimension) return cudaErrorNotSupported;
+    const auto& size = attribute.val.clusterDim;
+    cluster[0] = size.x, cluster[1] = size.y, cluster[2] = size.z;
   }
   const unsigned grid_size[3] = {grid.x, grid.y, grid.z}, block_size[3] = {block.x, block.y, block.z};
   return static_cast<cudaError_t>(

@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from tests.ptx_simulator.machine import Launch, Order, Program, Run
 from tests.ptx_simulator.memory import Memory
-from tests.ptx_simulator.parser import entry_names, parse
+from tests.ptx_simulator.parser import parse
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-SOURCES = ("contrastive_stats", "contrastive_grads", "perturb_normalize")
+SOURCES = ("contrastive_stats", "contrastive_grads", "group_sums", "pair_losses", "perturb_normalize")
 LAUNCH_FAILED = 719  # cudaErrorLaunchFailure
 FOLDER = ROOT / "build" / "ptx_simulator"
 # setup.py's for the GPU's side; the host's need not be fast.
@@ -37,7 +37,7 @@ _FLAGS = shlex.split(
 )
 _LAUNCH = ctypes.CFUNCTYPE(
     *(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_uint)),
-    *(ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_ulong),
+    *(ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_ulong),
 )
 
 
@@ -50,8 +50,8 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
 
 
-def build() -> dict[str, Path]:
-    """The PTX of each source, and "_C": compiled unless that has been done for these files and flags."""
+def build(experiment: str = "") -> tuple[Path, Path]:
+    """The PTX of csrc/cuda and `_C`, of an experiment if not as they are: compiled unless that has been done."""
     import pybind11
 
     package = importlib.util.find_spec("cutlass_library")
@@ -59,31 +59,40 @@ def build() -> dict[str, Path]:
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     # PTX is all that is asked for: no assembler runs.
     flags = [*_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{cutlass}", "-gencode=arch=compute_90a,code=compute_90a"]
-    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.*h"))]
+    flags += [f"-DMODEST_ALIGN_EXPERIMENT={experiment}"] if experiment else []
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    common = version.encode() + b"".join(header.read_bytes() for header in headers)
+    folder = ROOT / "csrc"
+    headers = [*sorted(folder.glob("*.h")), *sorted((folder / "cuda").glob("*.*h"))]
+    common = _key(version.encode(), repr([*flags, *python]).encode(), *(header.read_bytes() for header in headers))
+    FOLDER.mkdir(parents=True, exist_ok=True)
 
-    def compiled(source: Path) -> Path:
-        here = [*flags, *(python if source.name == "bindings.cpp" else [])]
-        target = FOLDER / f"{source.stem}-{_key(common, source.read_bytes(), repr(here).encode())}.o"
+    def compiled(name: str, *sources: Path) -> Path:
+        target = FOLDER / f"{_key(common.encode(), *(source.read_bytes() for source in sources))}-{name}.o"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
-                _nvcc([*here, "--keep", f"--keep-dir={scratch}", "-c", str(source), "-o", f"{scratch}/out.o"])
-                if source.suffix == ".cu":
-                    Path(scratch, f"{source.stem}.ptx").rename(target.with_suffix(".ptx"))
-                Path(scratch, "out.o").rename(target)
+                together = Path(scratch, name)
+                together.write_text("".join(f'#include "{source}"\n' for source in sources))
+                _nvcc([*flags, *python, "--keep", f"--keep-dir={scratch}", "-c", str(together), "-o", f"{together}.o"])
+                if together.suffix == ".cu":
+                    together.with_suffix(".ptx").rename(target.with_suffix(".ptx"))
+                Path(f"{together}.o").rename(target)
         return target
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in SOURCES]
+    # The kernels as one file, for half of the time goes into CUTLASS's headers.
+    files = {
+        "kernels.cu": [folder / "cuda" / f"{name}.cu" for name in SOURCES],
+        "bindings.cpp": [folder / "bindings.cpp"],
+        "runtime.cpp": [HERE / "runtime.cpp"],
+    }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*sources, ROOT / "csrc" / "bindings.cpp", HERE / "runtime.cpp"]))
+        jobs = [pool.submit(compiled, name, *sources) for name, sources in files.items()]
+        objects = [job.result() for job in jobs]
     extension = FOLDER / f"_C-{_key(*(o.name.encode() for o in objects))}.so"
     if not extension.exists():
         with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
             _nvcc(["-shared", "-cudart=none", *map(str, objects), "-o", f"{scratch}/out.so"])
             Path(scratch, "out.so").rename(extension)
-    return {**{name: o.with_suffix(".ptx") for name, o in zip(SOURCES, objects)}, "_C": extension}  # noqa: B905
+    return objects[0].with_suffix(".ptx"), extension
 
 
 def _key(*parts: bytes) -> str:
@@ -124,26 +133,31 @@ class _Recorder(TorchFunctionMode):
 class Device:
     """The simulated GPU: `_C`, as backends/native/cuda.py calls it, and what its launches do.
 
+    Args:
+        experiment: which build, see csrc/experiment.h.
+
     Attributes:
         extension: the module `_C`.
+        ptx: the text of all kernels.
         order: see :class:`Order`, for the launches to come.
         launches: of each so far, the kernel's name, the grid's blocks, and the instructions that units have executed.
     """
 
-    def __init__(self) -> None:
-        files = build()
+    def __init__(self, experiment: str = "") -> None:
+        ptx, library = build(experiment)
         before = sys.getdlopenflags()
         sys.setdlopenflags(os.RTLD_LAZY)  # the CPU kernels, which bindings.cpp names too, are not linked in
         try:
-            spec = importlib.util.spec_from_file_location("_C", files["_C"])
+            # pybind11 gives the module that it has of a name.
+            spec = importlib.util.spec_from_file_location(f"{library.stem}._C", library)
             self.extension: ModuleType = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             spec.loader.exec_module(self.extension)  # type: ignore[union-attr]
         finally:
             sys.setdlopenflags(before)
-        self._library = ctypes.CDLL(str(files["_C"]), mode=os.RTLD_LAZY)
+        self._library = ctypes.CDLL(str(library), mode=os.RTLD_LAZY)
         self._callback = _LAUNCH(self._launch)
         self._library.simulator_on_launch(self._callback)
-        self.modules = {source: files[source].read_text() for source in SOURCES}
+        self.ptx = ptx.read_text()
         self.programs: dict[str, Program] = {}
         self.order = Order()
         self.memory = Memory()
@@ -164,17 +178,17 @@ class Device:
     def program(self, name: str) -> Program:
         """A kernel by its name."""
         if name not in self.programs:
-            text = next(text for text in self.modules.values() if name in entry_names(text))
-            self.programs[name] = Program(parse(text, name))
+            self.programs[name] = Program(parse(self.ptx, name))
         return self.programs[name]
 
-    def _launch(self, name: bytes, arguments: Any, grid: Any, block: Any, cluster: int, shared: int) -> int:
+    def _launch(self, name: bytes, arguments: Any, grid: Any, block: Any, cluster: Any, shared: int) -> int:
         try:
             program = self.program(name.decode())
             parameters = bytearray()
             for parameter, argument in zip(program.kernel.parameters, arguments):  # noqa: B905 - a C array has no end
                 parameters = parameters.ljust(parameter.offset, b"\0") + ctypes.string_at(argument, parameter.size)
-            launch = Launch(program.kernel, bytes(parameters), tuple(grid[:3]), tuple(block[:3]), shared, cluster)
+            extents = (tuple(extent[:3]) for extent in (grid, block, cluster))
+            launch = Launch(program.kernel, bytes(parameters), *extents, shared_bytes=shared)
             executed = Run(program, launch, self.memory, self.order).execute()
         except Exception as error:  # across C++ it can only go as a status
             self._library.simulator_set_fault(f"{type(error).__name__}: {error}".encode())

@@ -99,7 +99,7 @@ class Driver:
             last = kernel.parameters[-1]
             parameters = parameters.ljust(last.offset + last.size, b"\0")
             block = (32 * metadata.num_warps, 1, 1)
-            run = Launch(kernel, bytes(parameters), (x, y, z), block, metadata.shared, metadata.num_ctas)
+            run = Launch(kernel, bytes(parameters), (x, y, z), block, (metadata.num_ctas, 1, 1), metadata.shared)
             Run(self.programs[file], run, memory, self.order).execute()
 
         return launch

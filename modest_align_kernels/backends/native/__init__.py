@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from modest_align_kernels.backends import (
+    CUDA_EXPERIMENTS,
+    EXPERIMENT,
     GPU_FEATURES,
     WORKSPACE_BYTES,
     Backend,
@@ -43,6 +45,13 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
     if device.type == "cuda":
         if not _C.cuda:
             return "the CUDA kernels were not built: install with nvcc (CUDA 12.4 or newer) on the PATH"
+        wanted = EXPERIMENT if EXPERIMENT in CUDA_EXPERIMENTS else ""
+        if _C.experiment != wanted:
+            # Neither is taken for the other: what is measured has the name that was asked for.
+            return (
+                f"the CUDA kernels were built with MODEST_ALIGN_EXPERIMENT={_C.experiment!r}, and this process has "
+                f"{EXPERIMENT or ''!r}: set the same or build again"
+            )
         if torch.cuda.get_device_capability(device) != (9, 0):
             return 'the compiled matmuls are for compute capability 9.0 (H100, H200): use backend="triton"'
         if dtype is not None and computed_dtype(dtype, device) == torch.float32:

@@ -11,28 +11,40 @@ import torch
 from torch import Tensor
 
 from modest_align_kernels.backends import round_up
+from modest_align_kernels.backends.contract import SmoothedGradient, SmoothedLosses
 
 # The codes of Dtype in csrc/kernels.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_OPERANDS = {"x_hat", "y_hat", "pair_hat", "exponentials"}
-# Of all others float32.
-_DTYPES = {"seed": torch.int64, **dict.fromkeys(("ids", "pair_ids", "row_ids", "col_ids"), torch.int32)}
-# Of each tensor the extents, in the words of csrc/kernels.h.
-_SHAPES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("seed", "noise_std", "factor", "scale", "smoothing"), ()),
-    **dict.fromkeys(("x", "dx"), ("rows", "features")),
-    **dict.fromkeys(("x_hat", "grad", "grad_x"), ("rows", "width")),
-    **dict.fromkeys(("y_hat", "grad_y"), ("columns", "width")),
-    **dict.fromkeys(("inv_norm", "row_dot", "ids", "row_lse", "row_weight", "row_ids"), ("rows",)),
-    **dict.fromkeys(("losses", "slope", "row_negative_weight", "col_negative_weight"), ("rows",)),
-    **dict.fromkeys(("col_lse", "col_weight"), ("col_count",)),
-    **dict.fromkeys(("pair_dot", "pair_weight", "negative_weight", "pair_negative_weight"), ("pairs",)),
-    "col_ids": ("columns",),
-    "pair_ids": ("pair_rows",),
-    "pair_hat": ("pair_rows", "width"),
-    "exponentials": ("last_rows", "last_stride"),
+# Of each tensor the extents, in the words of csrc/kernels.h, and its dtype: None is that of the operands, and ANY is
+# handed on beside the address.
+_ANY = object()
+_LAYOUTS: dict[str, tuple[tuple[str, ...], object]] = {
+    "seed": ((), torch.int64),
+    **dict.fromkeys(("noise_std", "factor", "scale", "smoothing"), ((), torch.float32)),
+    **dict.fromkeys(("x", "dx"), (("rows", "features"), _ANY)),
+    "x_hat": (("rows", "width"), None),
+    "y_hat": (("columns", "width"), None),
+    "pair_hat": (("pair_rows", "width"), None),
+    "exponentials": (("last_rows", "last_stride"), None),
+    **dict.fromkeys(("grad", "grad_x"), (("rows", "width"), torch.float32)),
+    "grad_y": (("columns", "width"), torch.float32),
+    **dict.fromkeys(("inv_norm", "row_dot", "row_lse", "row_weight", "losses", "slope"), (("rows",), torch.float32)),
+    **dict.fromkeys(("row_negative_weight", "col_negative_weight"), (("rows",), torch.float32)),
+    **dict.fromkeys(("col_lse", "col_weight"), (("col_count",), torch.float32)),
+    **dict.fromkeys(("pair_dot", "pair_weight"), (("pairs",), torch.float32)),
+    **dict.fromkeys(("negative_weight", "pair_negative_weight"), (("pairs",), torch.float32)),
+    **dict.fromkeys(("ids", "row_ids"), (("rows",), torch.int32)),
+    "col_ids": (("columns",), torch.int32),
+    "pair_ids": (("pair_rows",), torch.int32),
+    "row_order": (("rows",), torch.int64),
+    "col_order": (("columns",), torch.int64),
+    "pair_order": (("pair_rows",), torch.int64),
 }
+
+# What the smoothing adds where there is none.
+UNSMOOTHED_GRADIENT = SmoothedGradient(*(None,) * len(SmoothedGradient._fields))  # type: ignore[arg-type]
+UNSMOOTHED_LOSSES = SmoothedLosses(*(None,) * len(SmoothedLosses._fields))  # type: ignore[arg-type]
 
 
 def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: dict[str, Any]) -> dict[str, Any]:
@@ -58,25 +70,34 @@ def arguments(device: torch.device, operands: tuple[torch.dtype, ...], values: d
             raise ValueError(f"{extent}: got 0, want at least 1: the kernels divide by it")
     # What a function does not say by a name of its own: all rows are paired, or all that are there.
     all_extents = {"pairs": extents["rows"], "pair_rows": extents.get("pairs", 0), **extents}
-    if extents.get("kept_rows"):
-        all_extents |= _last_extents(extents)
+    if "exponentials" in values:
+        if extents["kept_rows"]:
+            all_extents |= _last_extents(extents)
+        else:
+            values = {**values, "exponentials": None}
     given: dict[str, Any] = {"operand_dtype": DTYPES[operand_dtype], **extents}
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
     for name, value in values.items():
-        if name not in _SHAPES:
+        layout = _LAYOUTS.get(name)
+        if layout is None:
             given[name] = value
             continue
-        if value is None or (name == "exponentials" and not extents["kept_rows"]):
+        if value is None:
             given[name] = 0
             continue
-        dtype = operand_dtype if name in _OPERANDS else _DTYPES.get(name, torch.float32)
-        if name == "x":
-            given["row_stride"], given["feature_stride"] = value.stride()
-        if name in ("x", "dx"):
+        extents_of, dtype = layout
+        if dtype is None:
+            dtype = operand_dtype
+        elif dtype is _ANY:
             dtype = value.dtype
             given[f"{name}_dtype"] = DTYPES[dtype]
+        if name == "x":
+            given["row_stride"], given["feature_stride"] = value.stride()
+        shape = shapes.get(extents_of)
+        if shape is None:
+            shape = shapes[extents_of] = tuple([all_extents[extent] for extent in extents_of])
         dense = name == "x" or value.is_contiguous()
-        shape = tuple([all_extents[extent] for extent in _SHAPES[name]])
-        if not (dense and value.dtype == dtype and value.shape == shape and value.device == device):
+        if not (dense and value.dtype is dtype and value.shape == shape and value.device == device):
             raise _refusal(name, value, dtype, device, shape)
         given[name] = value.data_ptr()
     return given
@@ -108,7 +129,7 @@ def _last_extents(extents: dict[str, int]) -> dict[str, int]:
 
 
 def _refusal(
-    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
+    name: str, tensor: Tensor, dtype: object, device: torch.device, shape: tuple[int, ...]
 ) -> TypeError | ValueError:
     if tensor.dtype != dtype:
         return TypeError(f"{name}: got {tensor.dtype}, want {dtype}")

@@ -18,12 +18,9 @@ from modest_align_kernels.backends.contract import (
     SmoothedLosses,
     Softmaxes,
 )
-from modest_align_kernels.backends.native.arguments import arguments
+from modest_align_kernels.backends.native.arguments import UNSMOOTHED_GRADIENT, UNSMOOTHED_LOSSES, arguments
 
 _CPU = torch.device("cpu")
-_EXTENTS = "rows", "columns", "col_count", "width", "operand_dtype", "threads"
-_UNSMOOTHED_GRADIENT = SmoothedGradient(*(None,) * len(SmoothedGradient._fields))  # type: ignore[arg-type]
-_UNSMOOTHED_LOSSES = SmoothedLosses(*(None,) * len(SmoothedLosses._fields))  # type: ignore[arg-type]
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -36,9 +33,10 @@ def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _workspace(size: Callable[..., int], given: dict[str, Any], *names: str) -> Tensor:
+def _run(kernel: Callable[..., None], workspace_bytes: Callable[..., int], given: dict[str, Any]) -> None:
     # PyTorch aligns to 64 bytes, which the kernels ask for.
-    return torch.empty(size(**{name: given[name] for name in names}), dtype=torch.uint8)
+    workspace = torch.empty(workspace_bytes(**given), dtype=torch.uint8)
+    kernel(**given, workspace=workspace.data_ptr())
 
 
 def perturb_normalize(a: PerturbNormalize) -> None:
@@ -51,32 +49,26 @@ def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGr
     """See :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`."""
     dtype = _kernel_dtype(a.dx.dtype)
     dx = a.dx if a.dx.dtype == dtype else torch.empty_like(a.dx, dtype=dtype)
-    given = _arguments({**a._asdict(), **(smoothed or _UNSMOOTHED_GRADIENT)._asdict(), "dx": dx})
-    size, names = _C.cpu_perturb_normalize_backward_workspace, ("smoothing", "pair_ids", "pairs", "width")
-    workspace = _workspace(size, given, *names) if smoothed else None
-    _C.cpu_perturb_normalize_backward(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
+    given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_GRADIENT)._asdict(), "dx": dx})
+    _run(_C.cpu_perturb_normalize_backward, _C.cpu_perturb_normalize_backward_workspace, given)
     if dx is not a.dx:
         a.dx.copy_(dx)
 
 
 def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.pair_losses`."""
-    given = _arguments({**a._asdict(), **(smoothed or _UNSMOOTHED_LOSSES)._asdict()})
-    names = "smoothing", "row_ids", "col_ids", "rows", "columns", "col_count", "width"
-    workspace = _workspace(_C.cpu_pair_losses_workspace, given, *names) if smoothed else None
-    _C.cpu_pair_losses(**given, workspace=workspace.data_ptr() if workspace is not None else 0)
+    given = _arguments({**a._asdict(), **(smoothed or UNSMOOTHED_LOSSES)._asdict()})
+    _run(_C.cpu_pair_losses, _C.cpu_pair_losses_workspace, given)
 
 
 def contrastive_stats(a: Logits, row_lse: Tensor, col_lse: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_stats`."""
     given = _arguments({**a._asdict(), "row_lse": row_lse, "col_lse": col_lse})
-    workspace = _workspace(_C.cpu_contrastive_stats_workspace, given, *_EXTENTS)
-    _C.cpu_contrastive_stats(**given, workspace=workspace.data_ptr())
+    _run(_C.cpu_contrastive_stats, _C.cpu_contrastive_stats_workspace, given)
 
 
 def contrastive_grads(a: Logits, softmaxes: Softmaxes, grad_x: Tensor, grad_y: Tensor) -> None:
     """See :func:`modest_align_kernels.backends.eager.contrastive_grads`."""
     wanted = {name: grad if grad.numel() else None for name, grad in (("grad_x", grad_x), ("grad_y", grad_y))}
     given = _arguments({**a._asdict(), **softmaxes._asdict(), **wanted})
-    workspace = _workspace(_C.cpu_contrastive_grads_workspace, given, *_EXTENTS)
-    _C.cpu_contrastive_grads(**given, workspace=workspace.data_ptr())
+    _run(_C.cpu_contrastive_grads, _C.cpu_contrastive_grads_workspace, given)

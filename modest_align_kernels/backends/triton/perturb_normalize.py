@@ -10,9 +10,11 @@ import math
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from modest_align_kernels import backends
-from modest_align_kernels.backends.contract import PerturbNormalize, PerturbNormalizeBackward
+from modest_align_kernels.backends.contract import PerturbNormalize, PerturbNormalizeBackward, SmoothedGradient
+from modest_align_kernels.backends.triton.group_sums import group_sums
 
 _MIN_NORM = tl.constexpr(backends.MIN_NORM)
 _LARGEST_INVERSE = tl.constexpr(1 / backends.MIN_NORM)
@@ -105,12 +107,18 @@ def perturb_normalize_backward_kernel(
     grad,  # float32 [rows, width], contiguous
     x_hat,  # [rows, width], contiguous
     inv_norm,  # float32 [rows]
-    pair_hat,  # [pairs, width], contiguous
+    pair_hat,  # [at least pairs, width], contiguous
     pair_weight,  # float32 [pairs]
-    offset,  # float32 [2, width]
+    scale,  # float32, one element
     factor,  # float32, one element
     dx,  # [rows, features], contiguous
     row_dot,  # float32 [rows]
+    smoothing,  # float32, one element; None: of the tensors below none is there
+    ids,  # int32 [rows]; None without ids
+    negative_weight,  # float32 [pairs]
+    total,  # float32 [2, width], of pair_hat, plain and weighted: see GroupSums, as the two below
+    table,  # float32 [2, pairs + 1, width]; None without ids
+    bounds,  # int32 [2, pairs + 1]
     rows,
     features,
     width,  # features and the zeros after them
@@ -121,23 +129,36 @@ def perturb_normalize_backward_kernel(
     """A block of rows of the normalisation's backward, with the float32 terms of the gradient added first."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.arange(0, BLOCK_FEATURES)
-    inside = (row < rows)[:, None] & (feature < features)[None, :]
-    has_pair = row < pairs
+    has_row, has_pair, has_feature = row < rows, row < pairs, feature < features
+    inside = has_row[:, None] & has_feature[None, :]
     place = row[:, None] * width + feature[None, :]
     g = tl.load(grad + place, mask=inside, other=0.0)
-    paired = tl.load(offset + feature, mask=feature < features, other=0.0)
-    extra = tl.load(offset + width + feature, mask=feature < features, other=0.0)
-    g += tl.where(has_pair[:, None], paired[None, :], extra[None, :])
     weight = tl.load(pair_weight + row, mask=has_pair, other=0.0)
     pair = tl.load(pair_hat + place, mask=inside & has_pair[:, None], other=0.0).to(tl.float32)
-    g = (g + weight[:, None] * pair) * tl.load(factor)
+    g += weight[:, None] * pair
+    if smoothing is not None:
+        own = -tl.load(total + feature, mask=has_feature, other=0.0)[None, :]
+        other = -tl.load(total + width + feature, mask=has_feature, other=0.0)[None, :]
+        if table is not None:
+            numbers = pairs + 1
+            its_id = tl.load(ids + row, mask=has_row, other=0).to(tl.int64)
+            has_sums = tl.load(bounds + numbers + its_id, mask=has_row, other=0) > 0
+            of_id = table + ((its_id * width)[:, None] + feature[None, :])
+            summed = has_sums[:, None] & has_feature[None, :]
+            own = own + tl.load(of_id, mask=summed, other=0.0)
+            other = other + tl.load(of_id + numbers.to(tl.int64) * width, mask=summed, other=0.0)
+        strength = tl.load(smoothing)
+        own_weight = strength * tl.load(negative_weight + row, mask=has_pair, other=0.0)
+        g += own_weight[:, None] * own
+        g += strength * other
     unit = tl.load(x_hat + place, mask=inside, other=0.0).to(tl.float32)
     dot = tl.sum(unit * g, 1)
-    inverse = tl.load(inv_norm + row, mask=row < rows, other=0.0)
-    tl.store(row_dot + row, dot, mask=row < rows)
-    # A row whose norm was below 1e-12 was divided by a constant: no projection there.
-    projection = tl.where(inverse < _LARGEST_INVERSE, dot, 0.0)
-    result = (g - unit * projection[:, None]) * inverse[:, None]
+    times = tl.load(factor)
+    tl.store(row_dot + row, times * dot, mask=has_row)
+    inverse = tl.load(inv_norm + row, mask=has_row, other=0.0)
+    result = (g - unit * dot[:, None]) * (inverse * (times * tl.load(scale)))[:, None]
+    # A row whose norm was below 1e-12 was divided by a constant.
+    result = tl.where((inverse >= _LARGEST_INVERSE)[:, None], 0.0, result)
     target = row[:, None] * features + feature[None, :]
     tl.store(dx + target, result.to(dx.dtype.element_ty), mask=inside)
 
@@ -175,16 +196,21 @@ def perturb_normalize(a: PerturbNormalize) -> None:
     )
 
 
-def perturb_normalize_backward(a: PerturbNormalizeBackward) -> None:
+def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGradient | None) -> None:
     """See :func:`modest_align_kernels.backends.eager.perturb_normalize_backward`."""
-    rows, width = a.x_hat.shape
+    (rows, width), pairs = a.x_hat.shape, len(a.pair_weight)
+    tensors: tuple[Tensor | None, ...] = (None,) * 6
+    if smoothed is not None:
+        sums = group_sums((a.pair_hat,), (smoothed.pair_ids,), pairs, smoothed.pair_negative_weight)
+        tensors = smoothed.smoothing, smoothed.ids, smoothed.negative_weight, *sums
     block_rows, block_features, warps = row_blocks(width)
     perturb_normalize_backward_kernel[(triton.cdiv(rows, block_rows),)](
         *a,
+        *tensors,
         rows,
         a.dx.shape[1],
         width,
-        len(a.pair_hat),
+        pairs,
         BLOCK_ROWS=block_rows,
         BLOCK_FEATURES=block_features,
         num_warps=warps,
