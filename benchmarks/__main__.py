@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from tqdm import tqdm
 
-from benchmarks import losses, operations, step, table
+from benchmarks import losses, operations, others, step, table
 from benchmarks.clock import ROUNDS, LostDeviceError, Run, sentence
 from benchmarks.machine import default_output, machine, origin
 from benchmarks.providers import Provider, all_providers
@@ -22,7 +22,7 @@ from benchmarks.results import PLAIN, Result, fields_of, load, merge, same_machi
 from benchmarks.workloads import Workload, default_workloads
 
 BUDGET = {"cpu": 240.0, "cuda": 360.0}
-KINDS = ("loss", "operations", "step")
+KINDS = ("loss", "operations", "step", *others.OTHERS)
 
 
 def chosen_workloads(options: argparse.Namespace, device: str) -> list[Workload]:
@@ -54,14 +54,18 @@ def chosen_workloads(options: argparse.Namespace, device: str) -> list[Workload]
 def chosen_providers(names: list[str] | None, device: str) -> list[Provider]:
     """All, or those whose names contain one of ``names``."""
     providers = {str(provider.key): provider for provider in all_providers(device)}
+    of_others = [str(provider.key) for kind in others.OTHERS for provider in others.providers(kind, device)]
+    known_names = dict.fromkeys((*providers, *of_others))
     for name in names or ():
-        if not any(name in known for known in providers):
-            raise ValueError(f"--providers: got {name!r}, want (parts of) {', '.join(providers)}")
+        if not any(name in known for known in known_names):
+            raise ValueError(f"--providers: got {name!r}, want (parts of) {', '.join(known_names)}")
     return [provider for known, provider in providers.items() if not names or any(name in known for name in names)]
 
 
-def run_workload(workload: Workload, providers: list[Provider], run: Run) -> Result:
+def run_workload(workload: Workload, providers: list[Provider], run: Run, names: list[str] | None = None) -> Result:
     """Measure one workload: "results", and what its tables need besides."""
+    if workload.kind in others.OTHERS:
+        return {"results": others.measure(workload, run, names)}
     if workload.kind == "loss":
         invited = [
             provider
@@ -89,7 +93,7 @@ def parse(args: list[str] | None, device: str) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", metavar="B", help="these batch sizes instead")
     add("--features", type=int, nargs="+", metavar="D", help="these widths instead")
     add("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
-    add("--only", nargs="+", choices=KINDS, help="the losses, the operations, the training step")
+    add("--only", nargs="+", choices=KINDS, help="the loss, its operations, the training step, or other losses")
     add("--providers", nargs="+", metavar="NAME", help="only those whose name has this part (plain is ours to compare)")
     add("--rounds", type=int, metavar="N", help=f"at most this many, {ROUNDS[device]} by default")
     add("--budget", type=float, metavar="SECONDS", help="start no further shape after so long")
@@ -141,7 +145,7 @@ def main(args: list[str] | None = None) -> int:
                 new["left_out"][str(workload)] = lost or f"the {options.budget:,.0f} seconds of --budget were over"
                 continue
             try:
-                measured = run_workload(workload, providers, run)
+                measured = run_workload(workload, providers, run, options.providers)
                 new["workloads"].append({**fields_of(workload), **origins, **measured})
             except (LostDeviceError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 lost = str(error) if isinstance(error, LostDeviceError) else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,14 @@ PREDICT_ROWS = 8_192
 PROBE_ROWS = (1_024, 2_048)
 
 
-def measure(workload: Workload, providers: list[Provider], run: Run) -> dict[Key, Result]:
-    """Every provider on one workload, and the floor.
+def measure(
+    workload: Workload,
+    providers: list[Provider],
+    run: Run,
+    truth_of: Callable[[Inputs], Truth] = sampled_truth,
+    has_floor: bool = True,
+) -> dict[Key, Result]:
+    """Every provider on one workload, and the floor if it has one.
 
     Returns:
         "seconds" (one a round, the same rounds for all), "peak_extra_mib" and :func:`compare`'s errors; or "failed", a
@@ -35,9 +43,9 @@ def measure(workload: Workload, providers: list[Provider], run: Run) -> dict[Key
     truth = None
     if workload.rows**2 * workload.features <= LARGEST_TRUTH[run.device]:
         run.progress("float64")
-        truth = sampled_truth(inputs)
+        truth = truth_of(inputs)
     results: dict[Key, Result] = {}
-    tasks: dict[Key, Task] = {FLOOR: floor(inputs.x.detach(), inputs.y.detach())}
+    tasks: dict[Key, Task] = {FLOOR: floor(inputs.x.detach(), inputs.y.detach())} if has_floor else {}
     for provider in providers:
         key = provider.key
         run.progress(str(key))
@@ -51,7 +59,8 @@ def measure(workload: Workload, providers: list[Provider], run: Run) -> dict[Key
             continue
         if step is not None:
             tasks[key] = partial(step, *inputs)
-    tasks[FLOOR]()
+    if has_floor:
+        tasks[FLOOR]()
     interleave(tasks, results, run)
     return results
 
@@ -96,7 +105,7 @@ def first_runs(
 
 def why_too_large(provider: Provider, workload: Workload, run: Run) -> Result | None:
     """The result of a provider that would take more of a CPU's memory than it may, or None."""
-    if run.device != "cpu" or workload.rows <= PREDICT_ROWS:
+    if provider.bounded or run.device != "cpu" or workload.rows <= PREDICT_ROWS:
         return None
     needs, limit = predict_mib(provider, workload, run.device), min(run.memory, free_bytes()) / 2**20
     if needs <= limit:
@@ -116,9 +125,7 @@ def free_bytes() -> int:
 
 def predict_mib(provider: Provider, workload: Workload, device: str) -> float:
     """The memory that a workload would take: a B + b B^2 through two small batches."""
-    first, second = (
-        _probe(provider, Workload("loss", rows, workload.features, workload.dtype), device) for rows in PROBE_ROWS
-    )
+    first, second = (_probe(provider, replace(workload, rows=rows), device) for rows in PROBE_ROWS)
     square = max(0.0, (second / PROBE_ROWS[1] - first / PROBE_ROWS[0]) / (PROBE_ROWS[1] - PROBE_ROWS[0]))
     linear = second / PROBE_ROWS[1] - square * PROBE_ROWS[1]
     return (linear * workload.rows + square * workload.rows**2) / 2**20

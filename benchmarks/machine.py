@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.others import OTHERS
 from benchmarks.providers import PEERS, installed_version
 from benchmarks.results import RESULTS, Result
 
@@ -41,7 +42,8 @@ def machine(device: str) -> Result:
 
 def origin() -> Result:
     """The commit, the date, the versions and OpenMP's wait policy that a workload is measured with."""
-    packages = ("triton", *(provider.package for provider in PEERS if provider.package))
+    peers = *PEERS, *(peer for other in OTHERS.values() for peer in other.peers)
+    packages = dict.fromkeys(("triton", *(provider.package for provider in peers if provider.package)))
     installed = {package: installed_version(package) for package in packages}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions |= {package: found for package, found in installed.items() if found is not None}

@@ -41,6 +41,7 @@ class Provider:
         same_loss: False if it is another loss: measured, but its values are not compared.
         slow: Left out where a workload asks for fast peers only.
         compiled: Its first call compiles.
+        bounded: Its memory is O(B D) and a constant, which small batches do not show: never predicted from them.
         dtypes: The features' dtypes that it takes, if not all.
         note: What differs from the others' work.
     """
@@ -52,6 +53,7 @@ class Provider:
     same_loss: bool = True
     slow: bool = False
     compiled: bool = False
+    bounded: bool = False
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     note: str = ""
 
@@ -243,7 +245,7 @@ def _ours(backend: str, reason: str | None) -> Provider:
             raise RuntimeError(reason)
         return from_loss(partial(modest_align_loss, backend=backend))
 
-    return Provider(Key("ours", backend), load)
+    return Provider(Key("ours", backend), load, bounded=True)
 
 
 def all_providers(device: str) -> list[Provider]:

@@ -32,4 +32,4 @@ def recipes(logsumexp: Callable[..., tuple[Tensor, Tensor]] = contrastive_logsum
     names: dict[str, Any] = {}
     exec(_code(), names)
     names["contrastive_logsumexp"] = logsumexp
-    return SimpleNamespace(**{name: value for name, value in names.items() if callable(value)})
+    return SimpleNamespace(**names)

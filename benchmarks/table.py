@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from benchmarks.operations import work
 from benchmarks.results import FLOOR, PLAIN, Key, Result, floor_of, same_machine, workload_of
 from benchmarks.step import NO_LOSS
+from benchmarks.workloads import OTHER_LOSSES
 
 SLOWER = 1.1
 # The columns of `shape`.
@@ -67,6 +68,12 @@ def of_plain(result: Result, plain: Result) -> str:
     return f"{ratio(result, plain)[1]:.2f}" if "seconds" in plain else ""
 
 
+def of_plains_peak(result: Result, plain: Result) -> str:
+    """A result's memory in plain's, if both were measured."""
+    both = [each.get("peak_extra_mib") for each in (result, plain)]
+    return f"{both[0] / both[1]:.1%}" if all(both) else ""
+
+
 def shape(case: Result) -> list[str]:
     """The first cells of a row."""
     return [f"{case['rows']:,}", f"{case['features']:,}", case["dtype"]]
@@ -88,6 +95,8 @@ def full_tables(stored: Result) -> str:
     ):
         if select(stored, kind):
             parts += [f"## {title}", rows(stored)]
+    if any(select(stored, kind) for kind in OTHER_LOSSES):
+        parts += ["## Other losses", others_table(stored)]
     if absent := absences(stored):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in absent)]
     parts += ["## What was measured, when, and where the shapes come from", provenance(stored)]
@@ -129,7 +138,6 @@ def loss_table(stored: Result) -> str:
                     rows.append([*shape(case), str(key), result["failed"]])
                 continue
             note = f" ({result['note']})" if "note" in result else ""
-            both = [each.get("peak_extra_mib") for each in (result, plain)]
             rows.append(
                 [
                     *shape(case),
@@ -140,7 +148,7 @@ def loss_table(stored: Result) -> str:
                     f"{ratio(results[FLOOR], result)[1]:.0%}",
                     f"{flops / quartiles(result['seconds'])[1] / 1e12:.3g}",
                     mebibytes(result),
-                    f"{both[0] / both[1]:.1%}" if all(both) else "",
+                    of_plains_peak(result, plain),
                     *(_error(result, name) for name in ("gradient_error", "worst_row_error", "loss_error")),
                 ]
             )
@@ -201,6 +209,36 @@ def step_table(stored: Result) -> str:
             share = "" if key == NO_LOSS else f"{1 - ratio(results[NO_LOSS], result)[1]:.0%}"
             rows.append([*start, milliseconds(result), share, of_plain(result, results[PLAIN]), mebibytes(result)])
     return markdown([*columns, "peak extra MiB>"], rows)
+
+
+def others_table(stored: Result) -> str:
+    """The losses of docs/other_losses.md, each beside its plain version and a library's."""
+    columns = ["loss", *SHAPE[:2], "by", "ms, median (quartiles)>", "rounds>", "of plain's time>", "peak extra MiB>"]
+    columns += ["of plain's>", "gradient error>", "loss error>"]
+    everywhere = _everywhere(stored)
+    rows = []
+    for kind, meaning in OTHER_LOSSES.items():
+        for case in select(stored, kind):
+            results = case["results"]
+            plain = results.get(PLAIN, {})
+            for key, result in results.items():
+                start = [meaning, *shape(case)[:2], f"{key} ({result['note']})" if "note" in result else str(key)]
+                if "failed" in result:
+                    if key not in everywhere:
+                        rows.append([*start, result["failed"]])
+                    continue
+                rows.append(
+                    [
+                        *start,
+                        milliseconds(result),
+                        str(len(result["seconds"])),
+                        of_plain(result, plain),
+                        mebibytes(result),
+                        of_plains_peak(result, plain),
+                        *(_error(result, name) for name in ("gradient_error", "loss_error")),
+                    ]
+                )
+    return markdown(columns, rows)
 
 
 def provenance(stored: Result) -> str:

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 class Truth(NamedTuple):
     """The loss and its gradients in float64; those of the features for ``sample``'s rows only."""
 
-    sample: Tensor
+    sample: Tensor | slice
     loss: Tensor
     image_grad: Tensor
     text_grad: Tensor
@@ -38,11 +38,11 @@ class Truth(NamedTuple):
 
 
 def make_inputs(workload: Workload, device: str) -> Inputs:
-    """Pairs of cosine 0.7 or so, as after some training: [B, D] each, not normalised."""
+    """Pairs of cosine 0.7 or so, as after some training: [B, D] each for the loss, not normalised."""
     generator = torch.Generator(device).manual_seed(0)
-    shape, dtype = (workload.rows, workload.features), getattr(torch, workload.dtype)
-    x, y = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-    y += x
+    features, dtype = workload.features, getattr(torch, workload.dtype)
+    x, y = (torch.randn(rows, features, generator=generator, device=device) for rows in workload.sides)
+    y[: len(x)] += x
     scale = torch.tensor(SCALE, device=device, requires_grad=True)
     factor = LOSS_FACTOR.get(workload.dtype, 1.0)
     return Inputs(x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(), scale, factor)

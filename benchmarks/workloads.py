@@ -32,6 +32,13 @@ NAMES = {
     (32_768, 1_024): "clip-rn50",
     (65_536, 512): "basic",
 }
+# Each query's own, as BGE is fine-tuned with (a group of eight passages).
+HARD_NEGATIVES = 7
+OTHER_LOSSES = {
+    "supcon": "SupCon of B views: two of each image, two images a class",
+    "gte": "GTE's four directions in one softmax",
+    "own-negatives": f"InfoNCE of B pairs and {HARD_NEGATIVES} hard negatives of each query's own",
+}
 # The features of FuseMix's two encoders: DINOv2 ViT-g/14 for images, BGE-large for texts.
 LATENT_FEATURES = (1_536, 1_024)
 
@@ -41,8 +48,8 @@ class Workload:
     """One shape: B = ``rows`` pairs of D = ``features``.
 
     Attributes:
-        kind: "loss" (every provider side by side), "operations" (a backend's five functions) or "step" (one training
-            step of the reference trainer).
+        kind: "loss" (every provider side by side), "operations" (a backend's five functions), "step" (one training
+            step of the reference trainer) or one of OTHER_LOSSES.
         rows: B.
         features: D.
         dtype: of the features.
@@ -59,6 +66,12 @@ class Workload:
     def name(self) -> str:
         """The name that ``--workloads`` takes."""
         return NAMES.get((self.rows, self.features), f"{self.rows}x{self.features}")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The rows of both sides' features."""
+        rows = self.rows // 2 if self.kind == "supcon" else self.rows
+        return rows, rows * (1 + HARD_NEGATIVES) if self.kind == "own-negatives" else rows
 
     @property
     def provenance(self) -> str:
@@ -82,6 +95,7 @@ def default_workloads(device: str, full: bool) -> list[Workload]:
             Workload("operations", 4_096, 512, "float32"),
             Workload("step", 4_096, 512, "float32"),
             *(Workload("loss", rows, 512, "bfloat16") for rows in (1_024, 4_096)),
+            *(Workload(kind, 4_096, 512, "float32") for kind in OTHER_LOSSES),
         ]
     sizes = (256, 1_024, 4_096, 8_192)
     return [
@@ -91,6 +105,7 @@ def default_workloads(device: str, full: bool) -> list[Workload]:
         *(Workload("loss", rows, 512, "bfloat16") for rows in sizes),
         *(Workload("operations", 8_192, 512, dtype) for dtype in ("float32", "bfloat16")),
         Workload("step", 20_480, 512, "float32"),
+        *(Workload(kind, rows, 512, "float32") for kind in OTHER_LOSSES for rows in (4_096, 16_384)),
         *(Workload("loss", rows, 512, "float32", "none") for rows in (32_768, 65_536)),
     ]
 

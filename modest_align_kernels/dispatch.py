@@ -47,10 +47,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, features: int) -
         RuntimeError: the named backend cannot run; the message is the reason.
     """
     if name == "auto":
+        computed = computed_dtype(dtype, device)
         return next(
             backend.name
             for backend in BACKENDS.values()
-            if (backend.auto is None or device.type in backend.auto) and not backend.why_not(device, dtype, features)
+            if backend.auto(device, computed, features) and not backend.why_not(device, dtype, features)
         )
     if name not in BACKENDS:
         raise ValueError(f'backend: got {name!r}, want "auto" or one of {", ".join(map(repr, sorted(BACKENDS)))}')

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import clock, losses, machine, operations, readme, results, table, test_losses, truth, workloads
+from benchmarks import clock, losses, machine, operations, others, readme, results, table, test_losses, truth, workloads
 from benchmarks.providers import PLAIN_PROVIDER, Provider, all_providers, from_loss, plain_loss
 from benchmarks.results import FLOOR, PLAIN, Key
 from benchmarks.step import NO_LOSS
@@ -110,6 +111,31 @@ def test_the_compiled_provider_is_compiled_before_it_is_timed() -> None:
     assert "failed" in result or max(result["seconds"]) < 0.5
 
 
+@pytest.mark.parametrize("kind", others.OTHERS)
+def test_other_losses_run_beside_their_libraries(kind: str, tmp_path) -> None:
+    output = tmp_path / "result.json"
+    command = ["--rows", "48", "--features", "16", "--only", kind, "--rounds", "2", "--output", str(output)]
+    names = [str(p.key) for p in others.providers(kind, "cpu") if not p.compiled and p.key != PLAIN]
+    assert benchmarks.main([*command, "--providers", *names]) == 0
+    found = results.load(output)["workloads"][0]["results"]
+    assert {str(key) for key in found} == set(names)
+    assert found[MINE]["gradient_error"] < 1e-5
+    for key, result in found.items():
+        if "failed" in result:
+            assert result["failed"].startswith("not installed") or key.backend == "triton"
+        else:
+            assert len(result["seconds"]) == 2
+            assert result.get("gradient_error", 0.0) < 1e-4
+            assert "gradient_error" in result or "another loss" in result["note"]
+    text = output.with_suffix(".md").read_text()
+    assert "## Other losses" in text
+    assert f"| {MINE} |" in text
+    plain = next(p for p in others.providers(kind, "cpu") if p.key == PLAIN)
+    inputs = truth.make_inputs(Workload(kind, 48, 16, "float32"), "cpu")
+    errors = truth.compare(plain.load()(*inputs), others.exact(kind, inputs), 1.0)
+    assert max(errors.values()) < 1e-4
+
+
 def test_a_provider_that_raises_is_a_row() -> None:
     def load():
         raise ImportError("no module named contrast")
@@ -174,6 +200,8 @@ def test_what_does_not_fit_is_predicted_not_tried(monkeypatch) -> None:
     )
     assert wall["failed"].startswith("needs")
     assert wall["predicted_mib"] == pytest.approx(known["peak_extra_mib"], rel=0.1)
+    bounded = dataclasses.replace(PLAIN_PROVIDER, bounded=True)
+    assert "seconds" in losses.measure(workload, [bounded], clock.Run("cpu", 1, 2.0**19))[PLAIN]
 
 
 def test_noise_hits_all_alike_in_rounds() -> None:

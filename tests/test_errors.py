@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from modest_align_kernels import ModestAlignLoss, available_backends, backends, modest_align_loss
+from modest_align_kernels import ModestAlignLoss, available_backends, backends, dispatch, modest_align_loss
 from modest_align_kernels.backends import native
 
 X = torch.randn(4, 8)
@@ -212,3 +212,17 @@ def test_an_experiment_that_the_cuda_kernels_are_not_of(monkeypatch, built: str,
     assert f"built with MODEST_ALIGN_EXPERIMENT={built!r}, and this process has {asked or ''!r}: " in str(reason)
     monkeypatch.setattr(native, "EXPERIMENT", built or None)
     assert native.BACKEND.why_not(torch.device("cuda"), torch.float16, 64) is None
+
+
+def test_auto_leaves_wide_bfloat16_features_to_pytorch_where_it_has_amx(monkeypatch) -> None:
+    if available_backends("cpu")["native"] is not None:
+        pytest.skip("native is not built")
+    cpu = torch.device("cpu")
+    for amx in (False, True):
+        monkeypatch.setattr(native, "_amx", lambda amx=amx: amx)
+        for dtype, features in ((torch.bfloat16, 512), (torch.bfloat16, 128), (torch.float32, 512)):
+            wanted = "eager" if amx and dtype == torch.bfloat16 and features == 512 else "native"
+            assert dispatch.choose("auto", cpu, dtype, features) == wanted
+            assert dispatch.choose("native", cpu, dtype, features) == "native"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert dispatch.choose("auto", cpu, torch.float32, 512) == ("eager" if amx else "native")

@@ -116,6 +116,12 @@ def test_every_kernel_on_consumer_chips(capability: int) -> None:
         check(result)
 
 
+@pytest.mark.parametrize("capability", [80, 100])
+def test_pairs_and_sums(capability: int) -> None:
+    for result in compile_all(rowwise_jobs((1024,), capability)[1:] + sums_jobs(capability)):
+        check(result)
+
+
 def test_rowwise_kernels_read_16_bytes_at_a_time() -> None:
     for result in compile_all(rowwise_jobs((512, 1024, 4096)) + sums_jobs(90) + sums_jobs(90, "float32")):
         check(result)

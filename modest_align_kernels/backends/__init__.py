@@ -65,7 +65,8 @@ class Backend:
 
     Attributes:
         name: what ``backend=`` takes.
-        auto: the device types on which ``backend="auto"`` takes it; None: on every one.
+        auto: whether ``backend="auto"`` takes it: for a device, the dtype that the features count as
+            (:func:`computed_dtype`), and their number.
         operand_dtype: of 16-bit features on a device, the dtype of the matmuls' operands.
         width_multiple: rows of x_hat and y_hat have this many features or a multiple, the last ones zero: every load
             is aligned, none is masked.
@@ -77,7 +78,7 @@ class Backend:
     """
 
     name: str
-    auto: tuple[str, ...] | None
+    auto: Callable[[torch.device, torch.dtype, int], bool]
     operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype]
     width_multiple: int
     why_not: Callable[[torch.device, torch.dtype | None, int | None], str | None]

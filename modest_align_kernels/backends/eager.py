@@ -336,7 +336,7 @@ def _operand_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
 
 BACKEND = Backend(
     name="eager",
-    auto=None,
+    auto=lambda device, dtype, features: True,
     operand_dtype=_operand_dtype,
     width_multiple=1,
     why_not=lambda device, dtype, features: None,

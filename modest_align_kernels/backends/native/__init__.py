@@ -26,6 +26,10 @@ else:
     _MISSING = None
 
 
+# From so many features on PyTorch's matmuls are to be preferred where they use AMX: on paper, see benchmarks/NOTES.md.
+AMX_FEATURES = 256
+
+
 @constant_in_traces
 def _cpu_bfloat16() -> bool:
     return _C.cpu_bfloat16()
@@ -63,6 +67,18 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
     return None
 
 
+@constant_in_traces
+def _amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _auto(device: torch.device, dtype: torch.dtype, features: int) -> bool:
+    # On a GPU nothing has been measured yet: there it runs by name only. AMX, which PyTorch's matmuls of bfloat16 use,
+    # does many times the products of our tile, which pays from where these cost more than passes over the logits.
+    amx_pays = dtype == torch.bfloat16 and features >= AMX_FEATURES and _amx()
+    return device.type == "cpu" and not amx_pays
+
+
 def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
     """As many of the last rows as fit the workspace, with the strides and the first row that csrc/kernels.h wants."""
     if device_type != "cpu":
@@ -76,7 +92,7 @@ def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type:
 
 BACKEND = Backend(
     name="native",
-    auto=("cpu",),  # on a GPU nothing has been measured yet: there it runs by name only
+    auto=_auto,
     operand_dtype=_operand_dtype,
     width_multiple=64,
     why_not=_why_not,

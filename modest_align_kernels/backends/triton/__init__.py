@@ -35,7 +35,7 @@ def _why_not(device: torch.device, dtype: torch.dtype | None, features: int | No
 
 BACKEND = Backend(
     name="triton",
-    auto=("cuda",),
+    auto=lambda device, dtype, features: device.type == "cuda",
     operand_dtype=lambda features, device: torch.float16,
     width_multiple=64,
     why_not=_why_not,
