@@ -159,11 +159,10 @@ PYBIND11_MODULE(_C, m) {
   options.disable_function_signatures();
 
   const Fields<PerturbNormalize> perturb_normalize{
-      FIELD(x),        FIELD(x_dtype),   FIELD(row_stride),    FIELD(feature_stride),
-      FIELD(seed),     FIELD(noise_std), FIELD(noise_stream),  FIELD(relative_noise),
-      FIELD(pair_hat), FIELD(x_hat),     FIELD(operand_dtype), FIELD(inv_norm),
-      FIELD(pair_dot), FIELD(rows),      FIELD(pairs),         FIELD(features),
-      FIELD(width)};
+      FIELD(x),         FIELD(x_dtype),       FIELD(row_stride), FIELD(feature_stride), FIELD(seed),
+      FIELD(noise_std), FIELD(noise_stream),  FIELD(first_row),  FIELD(relative_noise), FIELD(pair_hat),
+      FIELD(x_hat),     FIELD(operand_dtype), FIELD(inv_norm),   FIELD(pair_dot),       FIELD(rows),
+      FIELD(pairs),     FIELD(features),      FIELD(width)};
   using Backward = PerturbNormalizeBackward;
   using Stats = ContrastiveStats;
   using Grads = ContrastiveGrads;

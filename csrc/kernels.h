@@ -27,6 +27,7 @@ struct PerturbNormalize : Where {
   const std::int64_t* seed;                 // [1]; null draws no noise
   const float* noise_std;                   // [1]; null beside no seed
   int noise_stream;
+  std::int64_t first_row;  // of the noise's numbers
   bool relative_noise;
   const void* pair_hat;  // [pairs, width]
   void* x_hat;           // written, [rows, width]

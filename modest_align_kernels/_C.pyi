@@ -43,6 +43,7 @@ class PerturbNormalize(TypedDict):
     seed: int
     noise_std: int
     noise_stream: int
+    first_row: int
     relative_noise: bool
     pair_hat: int
     x_hat: int

@@ -494,23 +494,36 @@ def _smoothing(ranks: Ranks, rows: _Rows, own: Columns, stats: _Stats, pair_dot:
 
 
 def _normalize(
+    ranks: Ranks,
     features: Tensor,
     noise_stream: int,
     pair_hat: Tensor | None,
     seed: Tensor | None,
     noise_std: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if len(features) == 0:
-        width, dtype = operand_width(features.shape[1], options.backend), accumulation_dtype(options.operand_dtype)
-        nothing = features.new_empty(0, dtype=dtype)
-        return features.new_empty((0, width), dtype=options.operand_dtype), nothing, nothing
-    pair_hat = None if pair_hat is None or len(pair_hat) == 0 else pair_hat
-    return ops.perturb_normalize(
-        *(features, seed, noise_std, noise_stream, options.relative_noise, pair_hat),
-        operand_dtype=options.operand_dtype,
-        backend=options.backend,
-    )
+) -> tuple[Tensor, ...]:
+    """``perturb_normalize``, also of no rows; the noise is that of a row's number among all ranks'."""
+    own, rank = ranks.counted[ranks.rank], ranks.rank
+    parts = [(features, pair_hat, sum(ranks.counted[:rank]))]
+    if seed is not None and len(features) > own:
+        # All ranks' extra columns follow all counted ones.
+        parts = [(features[:own], *parts[0][1:])]
+        parts += [(features[own:], None, sum(ranks.counted) + sum(ranks.extra[:rank]))]
+
+    def normalize(features: Tensor, pair_hat: Tensor | None, first_row: int) -> tuple[Tensor, ...]:
+        if len(features) == 0:
+            width, dtype = operand_width(features.shape[1], options.backend), accumulation_dtype(options.operand_dtype)
+            nothing = features.new_empty(0, dtype=dtype)
+            return features.new_empty((0, width), dtype=options.operand_dtype), nothing, nothing
+        pair_hat = None if pair_hat is None or len(pair_hat) == 0 else pair_hat
+        return ops.perturb_normalize(
+            *(features, seed, noise_std, noise_stream, options.relative_noise, pair_hat, first_row),
+            operand_dtype=options.operand_dtype,
+            backend=options.backend,
+        )
+
+    results = [normalize(*part) for part in parts]
+    return results[0] if len(results) == 1 else tuple(torch.cat(t) for t in zip(*results, strict=True))
 
 
 class RanksLoss(torch.autograd.Function):
@@ -532,8 +545,8 @@ class RanksLoss(torch.autograd.Function):
     ) -> Tensor:
         """As :meth:`modest_align_kernels.autograd.ContrastiveLoss.forward`, but ids as they were given."""
         pairs = len(x)
-        x_hat, x_inv_norm, _ = _normalize(x, IMAGES, None, seed, noise_std, options)
-        y_hat, y_inv_norm, pair_dot = _normalize(y, TEXTS, x_hat, seed, noise_std, options)
+        x_hat, x_inv_norm, _ = _normalize(ranks, x, IMAGES, None, seed, noise_std, options)
+        y_hat, y_inv_norm, pair_dot = _normalize(ranks, y, TEXTS, x_hat, seed, noise_std, options)
         rows = _rows(x_hat, scale, row_ids, True, options)
         own = ranks.local(y_hat, row_ids if col_ids is None else col_ids)
         columns = own if ranks.ring else ranks.gathered(own)
@@ -618,8 +631,8 @@ class RanksLogsumexp(torch.autograd.Function):
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`modest_align_kernels.autograd.ContrastiveLogsumexp.forward`, but ids as they were given."""
-        x_hat, x_inv_norm, _ = _normalize(x, IMAGES, None, None, None, options)
-        y_hat, y_inv_norm, _ = _normalize(y, TEXTS, None, None, None, options)
+        x_hat, x_inv_norm, _ = _normalize(ranks, x, IMAGES, None, None, None, options)
+        y_hat, y_inv_norm, _ = _normalize(ranks, y, TEXTS, None, None, None, options)
         own = ranks.local(y_hat, col_ids)
         columns = own if ranks.ring else ranks.gathered(own)
         stats = _stats(ranks, columns, _rows(x_hat, scale, row_ids, False, options), None)

@@ -103,7 +103,7 @@ def _observed(args: tuple[Any, ...]) -> bool:
     )
 
 
-@_operator(lambda *arguments: (PerturbNormalize(*arguments),))
+@_operator(lambda *a: (PerturbNormalize(*a[:6], *a[-3:], *a[6:-3]),))
 def perturb_normalize(
     x: Tensor,
     seed: Tensor | None,
@@ -111,6 +111,7 @@ def perturb_normalize(
     noise_stream: int,
     relative_noise: bool,
     pair_hat: Tensor | None,
+    first_row: int = 0,
     *,
     operand_dtype: torch.dtype,
     backend: str,

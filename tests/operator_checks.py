@@ -75,12 +75,15 @@ def assert_rows_like_eager(dtype: torch.dtype, features: int, backend: str) -> N
     x, y = make_features(Case("", 9, 11, features), dtype)
     seed = torch.tensor((77 << 40) + 987654321)
     std = torch.tensor(0.5)
+    first_row = (1 << 32) + 5
     given = {"operand_dtype": torch.float16, "backend": backend}
     truth = {"operand_dtype": torch.float64, "backend": "eager"}
     for strided in (x, x.T.contiguous().T, torch.cat((x, x), 1)[:, features:]):
         for relative in (False, True):
-            x_hat, inv_norm, _ = ops.perturb_normalize(strided, seed, std, noise.TEXTS, relative, None, **given)
-            expected = ops.perturb_normalize(x.double(), seed, std.double(), noise.TEXTS, relative, None, **truth)
+            x_hat, inv_norm, _ = ops.perturb_normalize(strided, seed, std, noise.TEXTS, relative, None, first_row, **given)
+            expected = ops.perturb_normalize(
+                x.double(), seed, std.double(), noise.TEXTS, relative, None, first_row, **truth
+            )
             assert ((x_hat[:, :features].double() - expected[0]).norm(dim=1) <= 6e-4).all()
             torch.testing.assert_close(inv_norm.double(), expected[1], rtol=1e-5, atol=0.0)
             assert x_hat.shape[1] % 64 == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -203,6 +204,23 @@ def contract(group, strategy: str) -> None:
             same_everywhere(group, got[2])
             expected = of_x[index] * features, of_y[index] * features, of_scale * shared, of_smoothing * shared
             torch.testing.assert_close(got, tuple(t * mean for t in expected))
+
+
+def noise(group, strategy: str, how: str, backend: str) -> None:
+    """The noise of one process that draws what the first rank draws, relative or not, extra columns' too."""
+    ranks_loss = ShardedLoss(group, how, strategy=strategy, backend=backend)
+    for rows, columns, relative_noise in ((11, 11, False), (11, 17, True)):
+        case, given = Case("", rows, columns, 6, scale=8.0), {"noise_std": 0.4, "relative_noise": relative_noise}
+        x, y = make_features(case, torch.float64 if backend == "eager" else torch.float32)
+        results = []
+        for loss_fn, seed in ((modest_align_loss, 5), (ranks_loss, 5 + group.rank())):
+            torch.manual_seed(seed)
+            results.append(value_and_grads(functools.partial(loss_fn, **given), x, y, case))
+            drawn = torch.rand(())  # every rank's generator has gone on by one number
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9 if backend == "eager" else 2e-5, atol=1e-6)
+        torch.manual_seed(5 + group.rank())
+        torch.randint(2**63 - 1, ())
+        assert torch.equal(torch.rand(()), drawn)
 
 
 def numbers_without_a_gradient(group, strategy: str) -> None:

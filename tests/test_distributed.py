@@ -78,6 +78,14 @@ def test_contract(pool, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("size", "how", "backend"), [(3, "unequal", "eager"), (4, "empty", "native"), (2, "equal", "native")]
+)
+def test_noise_does_not_depend_on_the_number_of_ranks(pool, strategy: str, size: int, how: str, backend: str) -> None:
+    pool.run("noise", size, strategy=strategy, how=how, backend=backend)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whatever_asks_for_a_gradient(pool, strategy: str) -> None:
     pool.run("numbers_without_a_gradient", 2, strategy=strategy)
 

@@ -109,7 +109,10 @@ def test_equal_bits_in_every_run(level: str, two_threads: None) -> None:
 def test_noise_is_the_references(level: str, relative: bool, features: int, dtype: torch.dtype) -> None:
     x, _ = make_features(Case("", 21, 21, features), dtype)
     seed = torch.tensor((77 << 40) + 987654321987)
-    x_hat, inv_norm, _ = perturb_normalize(x.T.contiguous().T, seed, torch.tensor(0.5), noise.TEXTS, relative, None)
+    drawn = seed, torch.tensor(0.5), noise.TEXTS, relative, None
+    x_hat, inv_norm, _ = perturb_normalize(x.T.contiguous().T, *drawn)
+    for part, first_row in zip(x.split(2), range(0, len(x), 2), strict=True):
+        assert torch.equal(perturb_normalize(part, *drawn, first_row)[0], x_hat[first_row : first_row + 2])
     given = {"seed": seed, "noise_stream": noise.TEXTS, "noise_std": 0.5, "relative_noise": relative}
     truth = reference.perturb_normalize(x.double(), **given)
     assert ((x_hat.double()[:, :features] - truth).norm(dim=1) <= 2e-6).all()

@@ -70,7 +70,9 @@ template <class Input>
 MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, float std, int64_t d, Vec (&chunk)[4]) {
   const Input* x = static_cast<const Input*>(a.x) + row * a.row_stride;
   float noise[kChunk];
-  if (a.seed) gaussian_noise(static_cast<uint64_t>(*a.seed), a.noise_stream, static_cast<uint64_t>(row), d, noise);
+  if (a.seed) {
+    gaussian_noise(static_cast<uint64_t>(*a.seed), a.noise_stream, static_cast<uint64_t>(a.first_row + row), d, noise);
+  }
   for (int v = 0; v < 4; ++v) {
     const int64_t c = d + v * kLanes;
     chunk[v] = load_ragged(x, c, a.features);

@@ -60,9 +60,10 @@ template <typename T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(256)
     perturb_normalize_kernel(const T* __restrict__ x, std::int64_t row_stride, std::int64_t feature_stride,
                              bool aligned, const std::int64_t* __restrict__ seed, const float* __restrict__ noise_std,
-                             int noise_stream, bool relative_noise, const __half* __restrict__ pair_hat,
-                             __half* __restrict__ x_hat, float* __restrict__ inv_norm, float* __restrict__ pair_dot,
-                             std::int64_t rows, std::int64_t pairs, int features, int width) {
+                             int noise_stream, std::int64_t first_row, bool relative_noise,
+                             const __half* __restrict__ pair_hat, __half* __restrict__ x_hat,
+                             float* __restrict__ inv_norm, float* __restrict__ pair_dot, std::int64_t rows,
+                             std::int64_t pairs, int features, int width) {
   const std::int64_t row = std::int64_t{blockIdx.x} * (256 / kThreads) + threadIdx.x / kThreads;
   const int thread = threadIdx.x % kThreads;
   if (row >= rows) return;  // a whole warp, or the whole block
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int c = 0; c < kVectors; ++c) {
       const int feature = kVector * (c * kThreads + thread);
-      if (feature < features) add_noise(*seed, noise_stream, row, feature, std, values[c]);
+      if (feature < features) add_noise(*seed, noise_stream, first_row + row, feature, std, values[c]);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[c][i] = feature + i < features ? values[c][i] : 0.0f;
     }
@@ -226,7 +227,7 @@ cudaError_t forward(const PerturbNormalize& a) {
   const auto run = [&](auto kernel, int rows_of_block) {
     return launch(kernel, ceil_div(a.rows, rows_of_block), 256, static_cast<cudaStream_t>(a.cuda_stream),
                   static_cast<const T*>(a.x), a.row_stride, a.feature_stride, aligned, a.seed, a.noise_std,
-                  a.noise_stream, a.relative_noise, static_cast<const __half*>(a.pair_hat),
+                  a.noise_stream, a.first_row, a.relative_noise, static_cast<const __half*>(a.pair_hat),
                   static_cast<__half*>(a.x_hat), a.inv_norm, a.pair_dot, a.rows, a.pairs, static_cast<int>(a.features),
                   static_cast<int>(a.width));
   };

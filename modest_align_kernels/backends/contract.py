@@ -30,6 +30,7 @@ class PerturbNormalize(NamedTuple):
         x_hat: written, [rows, width >= D] in the operands' dtype; zero past D.
         inv_norm: written, [rows].
         pair_dot: written, [P] (0 without pairs), of x_hat as it was rounded.
+        first_row: the noise's number of row 0: of a rank's rows, that among all ranks'.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class PerturbNormalize(NamedTuple):
     x_hat: Tensor
     inv_norm: Tensor
     pair_dot: Tensor
+    first_row: int = 0
 
 
 class PerturbNormalizeBackward(NamedTuple):

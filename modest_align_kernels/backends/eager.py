@@ -48,12 +48,12 @@ NORMALIZE_ROWS = 1024
 
 def perturb_normalize(a: PerturbNormalize) -> None:
     """x_hat = (x + noise) / max(norm, 1e-12), inv_norm = 1 / max(norm, 1e-12), pair_dot_i = <x_hat_i, pair_hat_i>."""
-    x, seed, noise_std, noise_stream, relative_noise, pair_hat, x_hat, inv_norm, pair_dot = a
+    x, seed, noise_std, noise_stream, relative_noise, pair_hat, x_hat, inv_norm, pair_dot, first_row = a
     features, dtype = x.shape[1], inv_norm.dtype
     for i in blocks(x.shape[0], NORMALIZE_ROWS):
         block = x[i].to(dtype)
         if seed is not None and noise_std is not None:
-            noise = gaussian_noise(seed, noise_stream, i.start, i.stop - i.start, features, dtype)
+            noise = gaussian_noise(seed, noise_stream, first_row + i.start, i.stop - i.start, features, dtype)
             std = noise_std * block.square().mean(1, keepdim=True).sqrt() if relative_noise else noise_std
             block = noise.mul_(std).add_(block)
         norm = torch.linalg.vector_norm(block, dim=1)

@@ -55,7 +55,7 @@ def _box_muller(word0, word1):
 
 
 # Numbers of rows are not specialised: the last, odd batch of an epoch must not compile anew.
-@triton.jit(do_not_specialize=["rows", "pairs", "noise_stream"])
+@triton.jit(do_not_specialize=["rows", "pairs", "noise_stream", "first_row"])
 def perturb_normalize_kernel(
     x,  # [rows, features], any strides
     seed,  # int64, one element, read with NOISE only
@@ -71,6 +71,7 @@ def perturb_normalize_kernel(
     row_stride,
     feature_stride,
     noise_stream,
+    first_row,  # of the noise's numbers
     NOISE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -84,7 +85,7 @@ def perturb_normalize_kernel(
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     if NOISE:
         group = tl.arange(0, BLOCK_FEATURES // 4)
-        noise = _normal_noise(tl.load(seed), row[:, None], group[None, :], noise_stream)
+        noise = _normal_noise(tl.load(seed), first_row + row[:, None], group[None, :], noise_stream)
         noise = tl.reshape(noise, (BLOCK_ROWS, BLOCK_FEATURES))
         std = tl.load(noise_std)
         if RELATIVE:
@@ -188,6 +189,7 @@ def perturb_normalize(a: PerturbNormalize) -> None:
         len(a.pair_dot),
         *a.x.stride(),
         a.noise_stream,
+        a.first_row,
         NOISE=a.seed is not None,
         RELATIVE=a.relative_noise,
         BLOCK_ROWS=block_rows,
