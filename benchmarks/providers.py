@@ -101,13 +101,18 @@ def _compiled() -> Step:
     return from_loss(torch.compile(plain_loss, dynamic=False))
 
 
-def _open_clip() -> Step:
+def open_clip_losses() -> Any:
+    """The module ``open_clip.loss``."""
     # open_clip's package imports torchvision, its losses need only PyTorch.
     folder = importlib.util.find_spec("open_clip").submodule_search_locations[0]  # type: ignore[union-attr, index]
     spec = importlib.util.spec_from_file_location("open_clip_loss", f"{folder}/loss.py")
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
-    loss_fn = module.ClipLoss()
+    return module
+
+
+def _open_clip() -> Step:
+    loss_fn = open_clip_losses().ClipLoss()
     return from_loss(lambda x, y, s: loss_fn(F.normalize(x, dim=1), F.normalize(y, dim=1), s.to(x.dtype)))
 
 

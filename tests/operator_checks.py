@@ -80,7 +80,9 @@ def assert_rows_like_eager(dtype: torch.dtype, features: int, backend: str) -> N
     truth = {"operand_dtype": torch.float64, "backend": "eager"}
     for strided in (x, x.T.contiguous().T, torch.cat((x, x), 1)[:, features:]):
         for relative in (False, True):
-            x_hat, inv_norm, _ = ops.perturb_normalize(strided, seed, std, noise.TEXTS, relative, None, first_row, **given)
+            x_hat, inv_norm, _ = ops.perturb_normalize(
+                strided, seed, std, noise.TEXTS, relative, None, first_row, **given
+            )
             expected = ops.perturb_normalize(
                 x.double(), seed, std.double(), noise.TEXTS, relative, None, first_row, **truth
             )
