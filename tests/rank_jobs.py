@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
+import os
+import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from modest_align_kernels import ModestAlignLoss, contrastive_logsumexp, modest_align_loss, reference
+from modest_align_kernels import ModestAlignLoss, contrastive_logsumexp, dispatch, modest_align_loss, reference
 from modest_align_kernels.testing import (
     CASES,
     Case,
@@ -22,7 +27,7 @@ from modest_align_kernels.testing import (
 
 
 class _Shard(torch.autograd.Function):
-    """Rows of a tensor that all ranks have; the gradient is the mean (or the sum) of the ranks', as trainers take it."""
+    """Rows of a tensor that all ranks have; its gradient is the ranks' mean (or their sum), as trainers take it."""
 
     @staticmethod
     def forward(ctx, whole, index, group, mean):
@@ -223,6 +228,24 @@ def noise(group, strategy: str, how: str, backend: str) -> None:
         assert torch.equal(torch.rand(()), drawn)
 
 
+def costs(group, strategy: str, backend: str, dtype: torch.dtype) -> None:
+    """Matmuls and bytes sent are what they are on paper, beside a few small numbers."""
+    from benchmarks.ranks import count, on_paper
+
+    rows, features, size = 96, 64, group.size()
+    (x, y), scale = make_features(Case("", rows // size, rows // size, features), dtype), torch.tensor(9.0)
+    leaves = [t.detach().requires_grad_() for t in (x, y, scale)]
+    given = {"process_group": group, "strategy": strategy, "backend": backend}
+    flops, sent = count(lambda: modest_align_loss(*leaves, **given).backward(), size)
+    # The ring keeps no exponentials from forward to backward, nor does eager.
+    matmuls = 3 if (strategy, backend) == ("gather", "native") else 4
+    operand = dispatch.operand_dtype(dtype, torch.device("cpu"), backend)
+    cost = on_paper(strategy, size, rows, features, operand.itemsize, 4, matmuls)
+    assert flops == cost.flops
+    small = 4 * 8 * (size - 1) + 4 * 2 * 4  # what all agree on; the largest weight, the loss, its and scale's gradients
+    assert 0 < sent - (cost.forward + cost.backward) <= small, (sent, cost)
+
+
 def numbers_without_a_gradient(group, strategy: str) -> None:
     """Each subset of what may ask for a gradient, and none."""
     x, y = make_features(Case("", 10, 14, 6), torch.float32)
@@ -246,18 +269,14 @@ def second_derivative(group, strategy: str) -> None:
     losses += (contrastive_logsumexp(x, y, 5.0, process_group=group, strategy=strategy)[0].sum(),)
     for loss, name in zip(losses, ("modest_align_loss", "contrastive_logsumexp"), strict=True):
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-        raises(RuntimeError, f"{name} has no second derivative", lambda: grad.sum().backward())
+        raises(RuntimeError, f"{name} has no second derivative", grad.sum().backward)
 
 
-def raises(kind: type[Exception], words: str, function) -> str | None:
-    try:
+def raises(kind: type[Exception], words: str, function) -> str:
+    with pytest.raises(kind, match=re.escape(words)) as raised:
         function()
-    except kind as error:
-        assert words in str(error), f"got {error}, want {words}"
-        assert "\n" not in str(error), error
-        return str(error)
-    else:
-        raise AssertionError(f"no {kind.__name__}: {words}")
+    assert "\n" not in str(raised.value), raised.value
+    return str(raised.value)
 
 
 def disagreements(group) -> None:
@@ -318,6 +337,21 @@ def disagreements(group) -> None:
     with torch.no_grad() if last else torch.enable_grad():
         all_raise(ValueError, "requires_grad of the images: got True on rank 0 and False " + of, call)
     same_everywhere(group, call())
+
+
+def death(group) -> None:
+    """The last rank is gone between forward and backward: the others raise within their group's timeout."""
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), group)
+    x, y = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    loss = modest_align_loss(x, y, 5.0, process_group=group)
+    if group.rank() == group.size() - 1:
+        os._exit(1)
+    start = time.monotonic()
+    try:
+        loss.backward()
+    except RuntimeError:
+        assert time.monotonic() - start < 6
+        raise
 
 
 def meshes(group) -> None:

@@ -86,6 +86,16 @@ def test_noise_does_not_depend_on_the_number_of_ranks(pool, strategy: str, size:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("size", "backend", "dtype"),
+    [(2, "native", torch.float32), (3, "native", torch.bfloat16), (4, "eager", torch.float32)],
+    ids=str,
+)
+def test_costs_are_as_on_paper(pool, strategy: str, size: int, backend: str, dtype: torch.dtype) -> None:
+    pool.run("costs", size, strategy=strategy, backend=backend, dtype=dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whatever_asks_for_a_gradient(pool, strategy: str) -> None:
     pool.run("numbers_without_a_gradient", 2, strategy=strategy)
 
@@ -122,3 +132,12 @@ def test_surroundings(pool, surroundings: str, strategy: str) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(pool, use_reentrant: bool) -> None:
     pool.run("checkpointed", 2, strategy="gather", use_reentrant=use_reentrant)
+
+
+# Last: it takes the pool down.
+def test_a_rank_that_dies_ends_the_others(pool) -> None:
+    with pytest.raises(AssertionError) as raised:
+        pool.run("death", 3)
+    _, *of_ranks = str(raised.value).split("rank ")
+    assert ["RuntimeError" in text for text in of_ranks] == [True, True, False], of_ranks
+    assert of_ranks[-1] == "2 of 3: it died"
