@@ -430,13 +430,17 @@ def _logsumexp_of_ranks(process_group: Any, *arguments: Any) -> tuple[Tensor, Te
         return call, (x.shape[0], y.shape[0]), alike
 
     (x, y, scale, ids, options), extents = distributed.agree(group, _device_of(x), check)
-    rows, columns = sum(rows for rows, _ in extents), [columns for _, columns in extents]
-    if rows == 0 or sum(columns) == 0:
+    rows, columns = map(list, zip(*extents, strict=True))
+    if sum(rows) == 0 or sum(columns) == 0:
         return _logsumexp_of_nothing(x, y, scale)
-    ring = distributed.ring_is_better(strategy, sum(columns), options, x.shape[1])
-    ranks = distributed.Ranks(group, columns, [0] * len(columns), False, ring)
-    row_lse, col_lse = distributed.RanksLogsumexp.apply(x, y, scale, *(ids or (None, None)), options, ranks)
-    return row_lse, col_lse
+    sides = [(x, rows, ids and ids[0]), (y, columns, ids and ids[1])]
+    # What travels is the smaller side.
+    swapped = sum(rows) < sum(columns)
+    (stays, _, stays_ids), (travels, lengths, travels_ids) = sides[::-1] if swapped else sides
+    ring = distributed.ring_is_better(strategy, sum(lengths), options, x.shape[1])
+    ranks = distributed.Ranks(group, lengths, [0] * len(lengths), False, ring)
+    lse = distributed.RanksLogsumexp.apply(stays, travels, scale, stays_ids, travels_ids, options, ranks)
+    return lse[::-1] if swapped else lse
 
 
 def _prepare(x: Tensor, y: Tensor, scale: Tensor | float, backend: str) -> tuple[Tensor, Tensor, Tensor, Options]:
