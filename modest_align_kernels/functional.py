@@ -226,7 +226,7 @@ def _draw_seed(noise_std: Tensor | float, x: Tensor, scale: Tensor) -> tuple[Ten
 
 def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
     """:func:`modest_align_loss` of a process group; the arguments are those of ``_prepare_loss``."""
-    from modest_align_kernels import distributed
+    from modest_align_kernels import distributed, sharded
 
     logit_scale, noise_std, relative_noise, smoothing, group_ids, weights, reduction = arguments[2:9]
     symmetric, backend, strategy, gradient_reduction = arguments[9:]
@@ -269,12 +269,17 @@ def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
     if pairs == 0:
         return _loss_of_nothing(x, y, scale, mass, weights, reduction)
     extra = [columns - rows for rows, columns in extents]
-    ring = distributed.ring_is_better(strategy, pairs + sum(extra), options, x.shape[1])
-    ranks = distributed.Ranks(group, counted, extra, isinstance(group_ids, tuple), ring)
+    swapped = distributed.traffic(pairs, x, options) < distributed.traffic(pairs + sum(extra), y, options)
+    extra_ids = isinstance(group_ids, tuple)
+    if given_ids is not None and not extra_ids and any(extra):
+        swapped = False  # every row has an id
+    travelling = pairs if swapped else pairs + sum(extra)
+    ring = distributed.ring_is_better(strategy, travelling, options, x.shape[1])
+    ranks = distributed.Ranks(group, counted, extra, extra_ids, ring, swapped)
     seed, noise = _draw_seed(noise_std, x, scale)
     seed = distributed.broadcast_seed(ranks, seed)
     ids = given_ids or (None, None)
-    losses: Tensor = distributed.RanksLoss.apply(x, y, scale, mass, *ids, seed, noise, options, ranks)
+    losses: Tensor = sharded.RanksLoss.apply(x, y, scale, mass, *ids, seed, noise, options, ranks)
     if weights is not None:
         losses = losses * weights
     if reduction == "none":
@@ -417,7 +422,7 @@ def _logsumexp_of_nothing(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 def _logsumexp_of_ranks(process_group: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """:func:`contrastive_logsumexp` of a process group; the arguments are those of ``_prepare_logsumexp``."""
-    from modest_align_kernels import distributed
+    from modest_align_kernels import distributed, sharded
 
     x, y, scale, row_ids, col_ids, backend, strategy = arguments
     group = distributed.group_of(process_group)
@@ -433,14 +438,12 @@ def _logsumexp_of_ranks(process_group: Any, *arguments: Any) -> tuple[Tensor, Te
     rows, columns = map(list, zip(*extents, strict=True))
     if sum(rows) == 0 or sum(columns) == 0:
         return _logsumexp_of_nothing(x, y, scale)
-    sides = [(x, rows, ids and ids[0]), (y, columns, ids and ids[1])]
-    # What travels is the smaller side.
-    swapped = sum(rows) < sum(columns)
-    (stays, _, stays_ids), (travels, lengths, travels_ids) = sides[::-1] if swapped else sides
-    ring = distributed.ring_is_better(strategy, sum(lengths), options, x.shape[1])
-    ranks = distributed.Ranks(group, lengths, [0] * len(lengths), False, ring)
-    lse = distributed.RanksLogsumexp.apply(stays, travels, scale, stays_ids, travels_ids, options, ranks)
-    return lse[::-1] if swapped else lse
+    swapped = distributed.traffic(sum(rows), x, options) < distributed.traffic(sum(columns), y, options)
+    travelling = rows if swapped else columns
+    ring = distributed.ring_is_better(strategy, sum(travelling), options, x.shape[1])
+    ranks = distributed.Ranks(group, travelling, [0] * len(rows), False, ring, swapped)
+    row_lse, col_lse = sharded.RanksLogsumexp.apply(x, y, scale, *(ids or (None, None)), options, ranks)
+    return row_lse, col_lse
 
 
 def _prepare(x: Tensor, y: Tensor, scale: Tensor | float, backend: str) -> tuple[Tensor, Tensor, Tensor, Options]:

@@ -246,6 +246,28 @@ def costs(group, strategy: str, backend: str, dtype: torch.dtype) -> None:
     assert 0 < sent - (cost.forward + cost.backward) <= small, (sent, cost)
 
 
+def smaller_side_travels(group, strategy: str) -> None:
+    """The images where there are many more texts; or the side that wants no gradient."""
+    from benchmarks.ranks import count
+
+    pairs, features, size = 8, 64, group.size()
+    for extra, of_images, of_texts, most in (
+        (80, True, True, 3.2),  # times the images: there (by the ring twice) and back
+        (80, True, False, 3.2),
+        (0, False, True, 2.2),
+        (0, True, False, 2.2),
+    ):
+        x, y = make_features(Case("", pairs, pairs + extra, features), torch.float32)
+        x, y = x.requires_grad_(of_images), y.requires_grad_(of_texts)
+        given = {"process_group": group, "strategy": strategy}
+        for function in (
+            lambda x=x, y=y, given=given: modest_align_loss(x, y, 9.0, smoothing=0.1, **given),
+            lambda x=x, y=y, given=given: sum(t.sum() for t in contrastive_logsumexp(x, y, 9.0, **given)),
+        ):
+            _, sent = count(lambda function=function: function().backward(), size)
+            assert sent <= most * 4 * pairs * (size - 1) * features + 4000, (extra, of_images, of_texts, sent)
+
+
 def numbers_without_a_gradient(group, strategy: str) -> None:
     """Each subset of what may ask for a gradient, and none."""
     x, y = make_features(Case("", 10, 14, 6), torch.float32)

@@ -96,6 +96,11 @@ def test_costs_are_as_on_paper(pool, strategy: str, size: int, backend: str, dty
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_smaller_side_travels(pool, strategy: str) -> None:
+    pool.run("smaller_side_travels", 3, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whatever_asks_for_a_gradient(pool, strategy: str) -> None:
     pool.run("numbers_without_a_gradient", 2, strategy=strategy)
 
