@@ -1,4 +1,4 @@
-"""README's generated blocks, from the files under benchmarks/results: `python -m benchmarks.readme`."""
+"""The generated blocks of README and docs/many_ranks.md: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from benchmarks import table
+from benchmarks.ranks import paper_table
+from benchmarks.recipes import PAGE_OF_RANKS
 from benchmarks.results import RESULTS, Result, load, write
 
 README = Path(__file__).parent.parent / "README.md"
@@ -45,12 +47,22 @@ def chip_section(name: str, stored: Result) -> str:
 def render(text: str) -> str:
     """README's text with every block between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
     sections = "\n\n".join(chip_section(name, stored) for name, stored in chips().items() if table.short_cases(stored))
-    for name, block in (("demo", demo_block()), ("chips", sections)):
+    return fill(text, {"demo": demo_block(), "chips": sections})
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """A text with what stands between the marks of each name made anew."""
+    for name, block in blocks.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md: got {count} blocks named {name}, want one")
+            raise ValueError(f"got {count} blocks named {name}, want one")
     return text
+
+
+def page_of_ranks() -> dict[Path, str]:
+    """The page of many ranks, as it should be."""
+    return {PAGE_OF_RANKS: fill(PAGE_OF_RANKS.read_text(encoding="utf-8"), {"paper": paper_table()})}
 
 
 def tables() -> dict[Path, str]:
@@ -60,7 +72,7 @@ def tables() -> dict[Path, str]:
 
 def main() -> None:
     """Write the blocks and the full tables."""
-    for path, text in {README: render(README.read_text(encoding="utf-8")), **tables()}.items():
+    for path, text in {README: render(README.read_text(encoding="utf-8")), **page_of_ranks(), **tables()}.items():
         write(text.encode(), path)
 
 

@@ -14,10 +14,11 @@ goes back to its owner:
     gather      4 of (B/W) x N     forward N D (W-1)/W; backward N D (W-1)/W of grad_y
     ring        4 of (B/W) x N     forward the same; backward the same of Y_hat again and of grad_y
 
-beside vectors of length N. With J_r what rank r makes of its outputs, each rank's features get the derivative of
-sum_r J_r, as autograd has it of a sum over ranks; numbers that all ranks share get 1/W of it, the same everywhere. So
-the mean over ranks that DDP and FSDP take of parameters' gradients is the derivative of mean_r J_r, of the loss itself
-where every rank returns it.
+beside vectors of length N. Where that sends less the texts stay and the images travel: read X for Y and B for N.
+
+With J_r what rank r makes of its outputs, each rank's features get the derivative of sum_r J_r, as autograd has it of a
+sum over ranks; numbers that all ranks share get 1/W of it, the same everywhere. So the mean over ranks that DDP and
+FSDP take of parameters' gradients is the derivative of mean_r J_r, of the loss itself where every rank returns it.
 """
 
 from __future__ import annotations
@@ -378,7 +379,9 @@ def broadcast_seed(ranks: Ranks, seed: Tensor | None) -> Tensor | None:
 
 def traffic(rows: int, features: Tensor, options: Options) -> int:
     """About what travels of a side that does, with its gradient if there is one, in bytes."""
-    gradient = accumulation_dtype(options.operand_dtype).itemsize if features.requires_grad else 0
+    # Without gradients requires_grad may differ from rank to rank.
+    wanted = options.keep and features.requires_grad
+    gradient = accumulation_dtype(options.operand_dtype).itemsize if wanted else 0
     return rows * (options.operand_dtype.itemsize + gradient)
 
 

@@ -83,11 +83,13 @@ def modest_align_loss(
 
     In other words: where rank r makes J_r of what is returned, the gradients are those of the mean of all J_r, or where
     the loss was reduced to one number for trainers that sum, of its mean, too. Every rank must make the same calls, and
-    as many backward passes. Shards may have any lengths, also 0. What the ranks must have alike and have not, or what
-    one of them refuses, is raised on all of them in the same sentence; that takes one all-gather of four integers in
-    each call, for which the host waits (not the GPU, if the group has a backend for CPU tensors, as that of
-    ``init_process_group()`` has). If a rank dies the others end with the group's timeout. ``torch.compile`` breaks its
-    graph here.
+    as many backward passes. Shards may have any lengths, also 0. The noise is what one process would draw with the
+    first rank's generator: a row's depends on its number in the global batch, not on the ranks.
+
+    What the ranks must have alike and have not, or what one of them refuses, is raised on all of them in the same
+    sentence; that takes one all-gather of four integers in each call, for which the host waits (not the GPU, if the
+    group has a backend for CPU tensors, as that of ``init_process_group()`` has). If a rank dies the others end with
+    the group's timeout. ``torch.compile`` breaks its graph here.
 
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
     checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
@@ -113,9 +115,10 @@ def modest_align_loss(
         process_group: the ranks over which the batch is spread: a torch.distributed.ProcessGroup, a DeviceMesh of one
             dimension, or a tuple, a DeviceMesh and that dimension of it whose ranks have different pairs. The features,
             ids and weights are this rank's shard; see below. None: this process has all.
-        strategy: how the ranks see each other's texts: "gather" them all, rows of [N, D] of all ranks and as many of
-            their gradient; let them go around in a "ring", in memory that does not grow with the ranks, for a third
-            more traffic; or "auto", the ring where gathering takes more than 16 times MODEST_ALIGN_WORKSPACE_MIB.
+        strategy: how the ranks see each other's texts (or the images, where that sends less): "gather" them all, and
+            as many rows of their gradient; let them go around in a "ring", in memory that does not grow with the ranks,
+            for a third more traffic in 16 bits and half more in 32; or "auto", the ring where gathering takes more than
+            16 times MODEST_ALIGN_WORKSPACE_MIB.
         gradient_reduction: what the trainer makes of the ranks' gradients of a parameter: their "mean" or their "sum".
         backend: "auto", or a name of :func:`available_backends`.
 

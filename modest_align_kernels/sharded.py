@@ -86,7 +86,7 @@ class _Stats(NamedTuple):
     exponentials: Tensor | None
     col_sums: Tensor | None  # by a row's number: sums over the columns; with groups and row_sums
     row_counts: Tensor  # columns in the row's group
-    col_dots: Tensor  # y_hat_j with the sum over the rows; likewise, and in both directions, else [0]
+    col_dots: Tensor  # the column with the sum over its group's rows; likewise, and in both directions, else [0]
     col_counts: Tensor  # rows in the column's group
 
 
@@ -99,14 +99,14 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, row_sums: Tensor | None)
         rows: this rank's.
         row_sums: by number, the sums over this rank's rows; None: nobody asks for sums over groups.
     """
-    pairs, options = len(rows.hat), rows.options
-    row_lse = rows.scale.new_full((pairs,), -math.inf)
-    row_counts = rows.scale.new_zeros(pairs)
+    own, options = len(rows.hat), rows.options
+    row_lse = rows.scale.new_full((own,), -math.inf)
+    row_counts = rows.scale.new_zeros(own)
     col_sums = None if row_sums is None else torch.zeros_like(row_sums)
     exponentials: Tensor | None = None
 
     def sizes(numbers: Tensor) -> Tensor:
-        return row_lse.new_zeros(pairs + 1).index_add_(0, numbers, row_lse.new_ones(len(numbers)))
+        return row_lse.new_zeros(own + 1).index_add_(0, numbers, row_lse.new_ones(len(numbers)))
 
     group_sizes = None if row_sums is None or rows.numbers is None else sizes(rows.numbers)
 
@@ -115,7 +115,7 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, row_sums: Tensor | None)
         count = columns.counted if options.symmetric else 0
         col_lse = row_lse.new_full((count,), -math.inf)
         numbers = rows.numbers_of(columns)
-        if pairs and len(columns.hat):
+        if own and len(columns.hat):
             of_rows, col_lse, exponentials = ops.contrastive_stats(
                 *(rows.hat, columns.hat, rows.scale, *rows.excluded(columns, numbers)),
                 col_count=count,
@@ -125,7 +125,7 @@ def _stats(ranks: Ranks, columns: Columns, rows: _Rows, row_sums: Tensor | None)
             row_lse = torch.logaddexp(row_lse, of_rows)
         found = [col_lse]
         if row_sums is not None and col_sums is not None and group_sizes is not None and numbers is not None:
-            col_sums.add_(negated_sums(columns.hat, None, numbers, pairs))
+            col_sums.add_(negated_sums(columns.hat, None, numbers, own))
             row_counts.add_(sizes(numbers)[rows.numbers])
             numbers = numbers[:count]
             found += [_row_dots(columns.hat[:count], row_sums, numbers), group_sizes[numbers]]
@@ -474,48 +474,54 @@ def _products(
     row_weight: Tensor,
     exponentials: Tensor | None,
     smoothed: _Smoothed | None,
-    want_x: bool,
-    want_y: bool,
+    want_rows: bool,
+    want_columns: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """G Y_hat of this rank's rows and G^T X_hat of its columns, with what the smoothing adds where there are groups."""
-    pairs, options, numbers = len(rows.hat), rows.options, rows.numbers
-    grad_x = row_lse.new_zeros((pairs, rows.hat.shape[1] if want_x else 0))
-    met = False
+    """G and its transpose times the other side's rows, and what the smoothing adds where there are groups.
+
+    Returns:
+        Of this rank's rows, and of its columns; None for what is not wanted.
+    """
+    own, options, numbers = len(rows.hat), rows.options, rows.numbers
+    of_rows: Tensor | None = None
     # By a row's number, sums over the columns, and weighted ones; likewise over this rank's rows.
     col_sums: tuple[Tensor, ...] = ()
     row_sums: tuple[Tensor, ...] = ()
     grouped = smoothed is not None and smoothed.sums is None
     if smoothed is not None and grouped:
-        row_sums = tuple(negated_sums(rows.hat, share, numbers, pairs) for share in (None, smoothed.row_share))
+        row_sums = tuple(negated_sums(rows.hat, share, numbers, own) for share in (None, smoothed.row_share))
         col_sums = tuple(torch.zeros_like(t) for t in row_sums)
 
     def find(columns: Columns) -> Tensor:
-        nonlocal grad_x, met
-        y_hat, vectors = columns.hat, columns.vectors
+        nonlocal of_rows
+        hat, vectors = columns.hat, columns.vectors
         col_numbers = rows.numbers_of(columns)
         col_lse = col_weight = row_lse.new_empty(0)
         if options.symmetric and vectors is not None:
             col_lse, col_weight = vectors[:, 0].contiguous(), vectors[:, 1].contiguous()
-        grad_y = row_lse.new_zeros((len(y_hat), y_hat.shape[1] if want_y else 0))
-        if pairs and len(y_hat):
-            of_rows, grad_y_of_rows = ops.contrastive_grads(
-                *(rows.hat, y_hat, rows.scale, row_lse, col_lse, row_weight, col_weight),
+        grad: Tensor | None = None
+        if own and len(hat):
+            of_these, grad = ops.contrastive_grads(
+                *(rows.hat, hat, rows.scale, row_lse, col_lse, row_weight, col_weight),
                 *(*rows.excluded(columns, col_numbers), exponentials),
-                want_x=want_x,
-                want_y=want_y,
+                want_x=want_rows,
+                want_y=want_columns,
                 backend=options.backend,
             )
-            grad_x = grad_x.add_(of_rows) if met else of_rows
-            grad_y, met = grad_y_of_rows if want_y else grad_y, True
+            of_rows = of_these if of_rows is None else of_rows.add_(of_these)
+        if grad is None or not want_columns:
+            grad = row_lse.new_zeros((len(hat), hat.shape[1] if want_columns else 0))
         if smoothed is not None and vectors is not None and grouped:
             col_share = vectors[:, -1]
             for total, share in zip(col_sums, (None, col_share), strict=True):
-                total.add_(negated_sums(y_hat, share, col_numbers, pairs))
-            if want_y:
-                _add_smoothing(grad_y, smoothed.smoothing, col_share, row_sums, col_numbers)
-        return grad_y
+                total.add_(negated_sums(hat, share, col_numbers, own))
+            if want_columns:
+                _add_smoothing(grad, smoothed.smoothing, col_share, row_sums, col_numbers)
+        return grad
 
-    grad_y = ranks.visit(columns, find, lambda a, b: a.add_(b), ranks.sum_to_owners, extra=True)
-    if want_x and smoothed is not None and grouped:
-        _add_smoothing(grad_x, smoothed.smoothing, smoothed.row_share, col_sums, numbers)
-    return grad_x if want_x else None, grad_y if want_y else None
+    of_columns = ranks.visit(columns, find, lambda a, b: a.add_(b), ranks.sum_to_owners, extra=True)
+    if want_rows and of_rows is None:  # no columns anywhere, or no rows here
+        of_rows = row_lse.new_zeros(rows.hat.shape)
+    if want_rows and of_rows is not None and smoothed is not None and grouped:
+        _add_smoothing(of_rows, smoothed.smoothing, smoothed.row_share, col_sums, numbers)
+    return of_rows if want_rows else None, of_columns if want_columns else None

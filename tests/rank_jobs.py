@@ -480,28 +480,31 @@ def accumulated_without_sync(group, strategy: str) -> None:
     assert_grads(model, grads)
 
 
-def cached_features(group, strategy: str) -> None:
-    """GradCache: features without a graph, their gradients, then piece by piece again with them."""
+def documented(group, strategy: str) -> None:
+    """The functions of docs/many_ranks.md: a step, and one whose features are cached."""
     from torch.nn.parallel import DistributedDataParallel
 
-    x, y, own = _batch(group, "equal", 24)
-    _, grads = one_process(x, y)
-    model = DistributedDataParallel(Towers(), process_group=group)
-    pieces = own.split(len(own) // 3)
-    with torch.no_grad():
-        features = [[t.clone() for t in model.module(x[i], y[i])[:2]] for i in pieces]
-    of_x, of_y = (torch.cat(t).requires_grad_() for t in zip(*features, strict=True))
-    scale = model.module.log_scale.detach().exp().requires_grad_()
-    modest_align_loss(of_x, of_y, scale, process_group=group, strategy=strategy, **SMOOTHED).backward()
-    start = 0
-    for k, i in enumerate(pieces):
-        rows = slice(start, start := start + len(i))
-        model.require_backward_grad_sync = k == len(pieces) - 1
-        again = model(x[i], y[i])
-        surrogate = (again[0] * of_x.grad[rows]).sum() + (again[1] * of_y.grad[rows]).sum()
-        # the scale's is that of the whole batch already
-        (surrogate + (again[2] * scale.grad).sum() * (k == 0)).backward()
-    assert_grads(model, grads)
+    from benchmarks.recipes import PAGE_OF_RANKS, code
+
+    page: dict[str, Any] = {}
+    exec(code(PAGE_OF_RANKS), page)
+    x, y, own = _batch(group)
+
+    def gradients(process_group, step, *more, parallel: bool) -> tuple[torch.Tensor, ...]:
+        model = torch.nn.Module()
+        model.towers = Towers()
+        model.towers.log_scale = None
+        model.forward = lambda x, y: (model.towers.image(x), model.towers.text(y))
+        loss_fn = page["make_loss"](process_group)
+        loss_fn.noise_std, loss_fn.strategy = 0.0, strategy
+        wrapped = DistributedDataParallel(model, process_group=group) if parallel else model
+        loss = step(wrapped, loss_fn, *((x[own], y[own]) if parallel else (x, y)), *more)
+        return loss, loss_fn.log_scale.grad, *(p.grad for p in model.parameters())
+
+    expected = gradients(None, page["step"], parallel=False)
+    for step, *more in ((page["step"],), (page["cached_step"], 3)):
+        got = gradients(group, step, *more, parallel=True)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def fully_sharded(group, strategy: str) -> None:

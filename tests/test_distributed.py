@@ -128,7 +128,7 @@ def test_data_parallel(pool, strategy: str, options: dict[str, bool]) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     "surroundings",
-    ["accumulated_without_sync", "cached_features", "fully_sharded", "compiled", "under_autocast"],
+    ["accumulated_without_sync", "documented", "fully_sharded", "compiled", "under_autocast"],
 )
 def test_surroundings(pool, surroundings: str, strategy: str) -> None:
     pool.run(surroundings, 2, strategy=strategy)
