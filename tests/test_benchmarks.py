@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import clock, losses, machine, operations, others, readme, results, table, test_losses, truth, workloads
+from benchmarks import (
+    clock,
+    losses,
+    machine,
+    operations,
+    others,
+    ranks,
+    readme,
+    results,
+    table,
+    test_losses,
+    truth,
+    workloads,
+)
 from benchmarks.providers import PLAIN_PROVIDER, Provider, all_providers, from_loss, plain_loss
 from benchmarks.results import FLOOR, PLAIN, Key
 from benchmarks.step import NO_LOSS
@@ -394,6 +407,23 @@ def test_readme_has_a_section_for_each_chip(stored, tmp_path, monkeypatch) -> No
     text = readme.render(readme.README.read_text(encoding="utf-8"))
     assert text.index("**one, ") < text.index("(benchmarks/results/one.png)") < text.index("**two, ")
     assert [path.name for path in readme.tables()] == ["one.md", "two.md"]
+
+
+def test_ranks_beside_open_clip(tmp_path, capfd) -> None:
+    ranks.main(
+        ["--ranks", "2", "--rows", "64", "--features", "64", "--rounds", "1", "--output", str(tmp_path / "r.md")]
+    )
+    lines = (tmp_path / "r.md").read_text(encoding="utf-8").splitlines()
+    cells = {line.split(" | ")[1]: line.strip("| ").split(" | ")[2:] for line in lines if line.startswith("| 2 ")}
+    assert cells["ours, gather"] == cells["ours, ring"] == ["1.0000", "1.0000"]
+    assert cells["open_clip, local_loss=True, gather_with_grad=True"] == ["1.0000", "1.0000"]
+    for worse in ("local_loss=False, gather_with_grad=False", "local_loss=True, gather_with_grad=False"):
+        norm, cosine = map(float, cells[f"open_clip, {worse}"])
+        assert norm < 0.9
+        assert cosine < 0.99
+    gathered = next(line.split(" | ") for line in lines if line.startswith("| 2 | ours, gather"))
+    assert gathered[3] == "0.500"  # matmuls
+    assert float(gathered[5]) < 0.53
 
 
 def test_readme_shows_the_stored_results() -> None:
