@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,13 @@ class ModestAlignLoss(nn.Module):
             self.register_buffer(name, value)
         else:
             object.__setattr__(self, name, value if value is None or isinstance(value, float) else float(value))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModestAlignLoss:
+        """A copy of the same process group, which cannot be copied: averaged models are copies."""
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any

@@ -190,6 +190,20 @@ def test_checkpoints_of_a_0_dim_scale_load() -> None:
         model.load_state_dict(new)
 
 
+def test_copies_are_of_the_same_process_group(one_rank) -> None:
+    loss_fn = learned_scale(process_group=torch.distributed.group.WORLD, smoothing=torch.tensor(0.2))
+    model = torch.nn.Sequential(loss_fn)
+    copied = torch.optim.swa_utils.AveragedModel(model).module[0]
+    assert copied.process_group is loss_fn.process_group
+    assert copied.log_scale is not loss_fn.log_scale
+    copied.smoothing = 0.5
+    assert float(loss_fn.smoothing) == pytest.approx(0.2)
+    x, y = torch.randn(2, 4, 8)
+    copied.smoothing = loss_fn.smoothing
+    copied.noise_std = loss_fn.noise_std = 0.0
+    assert torch.equal(copied(x, y), loss_fn(x, y))
+
+
 def test_built_on_meta_and_materialised() -> None:
     with torch.device("meta"):
         model = torch.nn.Sequential(learned_scale(max_scale=50.0))
