@@ -409,7 +409,7 @@ def test_readme_has_a_section_for_each_chip(stored, tmp_path, monkeypatch) -> No
     assert [path.name for path in readme.tables()] == ["one.md", "two.md"]
 
 
-def test_ranks_beside_open_clip(tmp_path, capfd) -> None:
+def test_ranks_beside_open_clip(tmp_path) -> None:
     ranks.main(
         ["--ranks", "2", "--rows", "64", "--features", "64", "--rounds", "1", "--output", str(tmp_path / "r.md")]
     )
