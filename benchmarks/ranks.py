@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -100,7 +101,8 @@ def on_paper(strategy: str, size: int, rows: int, width: int, operand: int, tota
         held = whole * (operand + total)
     else:
         backward += whole * operand * away  # the columns once more
-        held = block * (2 * operand + 4 * total)
+        # This block and the next; gradients: both sides' new ones, what goes on, what comes, its own from the start.
+        held = block * (2 * operand + 5 * total)
     return Cost(2 * matmuls * block * rows, forward, backward, held)
 
 
@@ -249,10 +251,14 @@ def run(size: int, rows: int, features: int, rounds: int) -> tuple[dict[str, dic
 
 def report(sizes: Sequence[int], rows: int, features: int, rounds: int) -> str:
     """Everything, as Markdown."""
+    load = os.getloadavg()[0]
     results = {size: run(size, rows, features, rounds) for size in sizes}
     chip, where = machine("cpu"), origin()
     head = f"**{chip['device']}, {chip['threads']} threads for all processes together**, {where['date']}, commit "
-    head += f"{where['commit']}, torch {where['versions']['torch']}, gloo. B = {rows:,} over W processes, D = "
+    head += (
+        f"{where['commit']}, torch {where['versions']['torch']}, gloo, `OMP_WAIT_POLICY` {where['wait_policy']}, load "
+    )
+    head += f"average {load:.1f} before. B = {rows:,} over W processes, D = "
     head += f"{features}, float32; medians of {rounds} rounds, and of the rounds' ratios."
     costs, grads = [], []
     for size, (steps, ratios) in results.items():

@@ -67,9 +67,9 @@ def test_options(pool, strategy: str, size: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [2, 3])
-def test_logsumexps(pool, strategy: str, size: int) -> None:
-    pool.run("logsumexp", size, strategy=strategy)
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (3, torch.float64), (4, torch.float64)], ids=str)
+def test_logsumexps(pool, strategy: str, size: int, dtype: torch.dtype) -> None:
+    pool.run("logsumexp", size, strategy=strategy, dtype=dtype)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -93,6 +93,11 @@ def test_noise_does_not_depend_on_the_number_of_ranks(pool, strategy: str, size:
 )
 def test_costs_are_as_on_paper(pool, strategy: str, size: int, backend: str, dtype: torch.dtype) -> None:
     pool.run("costs", size, strategy=strategy, backend=backend, dtype=dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memory_is_as_on_paper(pool, strategy: str) -> None:
+    pool.run("memory", 4, strategy=strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -134,9 +139,9 @@ def test_surroundings(pool, surroundings: str, strategy: str) -> None:
     pool.run(surroundings, 2, strategy=strategy)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(pool, use_reentrant: bool) -> None:
-    pool.run("checkpointed", 2, strategy="gather", use_reentrant=use_reentrant)
+@pytest.mark.parametrize(("strategy", "use_reentrant"), [("gather", True), ("ring", False)])
+def test_checkpointing(pool, strategy: str, use_reentrant: bool) -> None:
+    pool.run("checkpointed", 2, strategy=strategy, use_reentrant=use_reentrant)
 
 
 # Last: it takes the pool down.
