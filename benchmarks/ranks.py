@@ -113,7 +113,7 @@ RATE, BANDWIDTH, FEATURES = 600e12, 50e9, 1024
 def paper_table() -> str:
     """The cost of a step under autocast in 16 bits, of 8 to 1,024 ranks and up to 16M pairs."""
     columns = ["W>", "B>", "B/W>", "auto", "matmuls, TFLOP>", "sent, GB>", "open_clip's>", "columns held, GiB>"]
-    columns += ["open_clip's logits, GiB>", "matmuls, s>", "network, s>", "step, s>", "of the matmuls>"]
+    columns += ["open_clip's logits, GiB>", "matmuls, ms>", "network, ms>", "step, ms>", "of the matmuls>"]
     lines = []
     for size in (8, 64, 256, 1024):
         for rows in (2**15, 2**18, 2**21, 2**24):
@@ -130,14 +130,18 @@ def paper_table() -> str:
                 [
                     *(f"{n:,}" for n in (size, rows, rows // size)),
                     strategy,
-                    f"{cost.flops / 1e12:.3g}",
-                    *(f"{n / 1e9:.3g}" for n in sent),
-                    *(f"{n / 2**30:.3g}" for n in (cost.held, theirs.held)),
-                    *(f"{t:.3g}" for t in (matmuls, network, step)),
+                    _digits(cost.flops / 1e12),
+                    *(_digits(n / 1e9) for n in sent),
+                    *(_digits(n / 2**30) for n in (cost.held, theirs.held)),
+                    *(_digits(t * 1e3) for t in (matmuls, network, step)),
                     f"{matmuls / step:.0%}",
                 ]
             )
     return markdown(columns, lines)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def count(step: Callable[[], Any], size: int) -> tuple[int, int]:
