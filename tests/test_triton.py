@@ -264,13 +264,14 @@ def test_even_blocks_cover_everything_without_a_tiny_tail(multiple: int) -> None
 
 @pytest.mark.parametrize(("rows", "columns"), EXTREMES)
 @pytest.mark.parametrize("tile", [(1, 1), (32, 64), (256, 128)])
-@pytest.mark.parametrize("elements", [1, 64 * 64, grads.WORKSPACE_BYTES // 4, grads.WORKSPACE_BYTES // 2])
+@pytest.mark.parametrize("elements", [1, 64 * 64, grads.WORKSPACE_BYTES // 4, grads.WORKSPACE_BYTES // 2, 2**35])
 def test_a_gradient_block_keeps_its_budget(elements: int, tile: tuple[int, int], rows: int, columns: int) -> None:
     for processors in (1, 132):
         height, width = gradient_block(rows, columns, 512, elements, *tile, processors)
         assert height % tile[0] == 0
         assert width % tile[1] == 0
         assert height * width <= max(elements, tile[0] * tile[1])
+        assert tile[0] * width < 2**31
         # none is larger than what it covers, up to whole tiles, and few make G: it is near square, or as long as a side
         assert height <= round_up(rows, tile[0])
         assert width <= round_up(columns, tile[1])
