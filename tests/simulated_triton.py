@@ -84,7 +84,7 @@ SHAPES = [(1, 1), (16, 17), (64, 64), (140, 256), (256, 128), (257, 129), (300, 
 
 @pytest.mark.parametrize(
     ("shape", "groups", "dtype"),
-    slow_but({((257, 129), 40, torch.float16), ((64, 64), 0, torch.float32)}, SHAPES, (0, 40), DTYPES),
+    slow_but({((257, 129), 40, torch.float16)}, SHAPES, (0, 40), DTYPES),
 )
 def test_around_tiles(driver, shape: tuple[int, int], groups: int, dtype: torch.dtype) -> None:
     columns = shape[1]
@@ -123,7 +123,7 @@ def test_several_waves(driver, monkeypatch: pytest.MonkeyPatch, scale: float, co
 @pytest.mark.parametrize(
     ("dtype", "features"),
     slow_but(
-        {(torch.float32, 40), (torch.float16, 77), (torch.bfloat16, 1025)},
+        {(torch.float16, 77)},
         (torch.float32, torch.float16, torch.bfloat16),
         (1, 8, 40, 77, 512, 1024, 1025, 3000),
     ),

@@ -94,6 +94,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "--dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_in_the_wrong_order(tmp_path: Path) -> None:
     # Backwards, and without the build, which takes minutes: no step needs what another did.
     steps = [replace(step, seconds=120) for step in steps_of(2, dry=True) if "build" not in step.name][::-1]

@@ -108,13 +108,10 @@ def test_error_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("which", ["rows", "columns", "both"])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 60.0, 100.0, 200.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_very_unequal_size(request, backend: str, dtype: torch.dtype, scale: float, which: str) -> None:
+def test_gradients_of_very_unequal_size(backend: str, dtype: torch.dtype, scale: float, which: str) -> None:
     """1e-30 beside 1: relative to its own row, whose gradient a norm over all rows would not see."""
     if operand_dtype(dtype, torch.device("cpu"), backend) == torch.float16:
         pytest.skip("float16 operands hold nothing below 2^-34 of the largest gradient")
-    if backend == "triton" and which != "both" and scale in (60.0, 100.0):
-        reason = "weight * 2^(shift - lse) underflows where one shift serves all"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     x, y = make_features(Case("", 40, 50, 32), dtype)
     row_grad, col_grad = torch.ones(40), torch.ones(50)
     row_grad[::3], col_grad[::2] = -1e-30, 1e-30

@@ -92,7 +92,7 @@ def check(result: dict) -> None:
         assert result["tensor_core"].get(instruction, 0) > 0, f"{what} has no {instruction}: {result['tensor_core']}"
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
 def test_matmul_kernels(capability: int) -> None:
     results = compile_all(matmul_jobs((capability,)))
     assert len(results) == 8
@@ -104,7 +104,8 @@ def test_matmul_kernels(capability: int) -> None:
             assert result["epilogue_loads"] <= loads, result
 
 
-@pytest.mark.parametrize("capability", [120, *(pytest.param(c, marks=pytest.mark.slow) for c in (86, 89))])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 89, 120])
 def test_every_kernel_on_consumer_chips(capability: int) -> None:
     jobs = [
         *matmul_jobs((capability,)),
@@ -116,6 +117,7 @@ def test_every_kernel_on_consumer_chips(capability: int) -> None:
         check(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 100])
 def test_pairs_and_sums(capability: int) -> None:
     for result in compile_all(rowwise_jobs((1024,), capability)[1:] + sums_jobs(capability)):
@@ -136,6 +138,7 @@ def test_small_kernels() -> None:
     assert results["merge_kernel"]["copies"] == 3 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [False, True])
 def test_persistent_experiment(ids: bool) -> None:
     results = compile_all([[kernel, 90, "float16", 0, ids] for kernel in PERSISTENT])

@@ -142,6 +142,7 @@ def gradient_block(
     [block, width] in tiles of 128 x 256, keep the chip's ``processors`` at work until they end.
     """
     widest = max(math.isqrt(elements), elements // round_up(rows, row_multiple))
+    widest = min(widest, (2**31 - 1) // row_multiple)  # Triton's offsets within a tile's rows are of 32 bits
     block_columns = _full_block(columns, widest, column_multiple, width, processors)
     return _full_block(rows, elements // block_columns, row_multiple, width, processors), block_columns
 

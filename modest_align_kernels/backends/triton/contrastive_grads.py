@@ -35,6 +35,8 @@ from modest_align_kernels.backends.triton.tiles import Tile, choose_tile, input_
 
 # Of a softmax whose logsumexp is more binades than this below the shift, exponentials may have vanished.
 _FARTHEST = tl.constexpr(-SMALLEST_LOG2_SUM)
+# float32's smallest normal number: below it a factor loses digits.
+_SMALLEST_FACTOR = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -50,8 +52,10 @@ def _softmax_factors(lse, weight, factor, careful, shift, gain, count, tile, BLO
     nothing = its_lse == -float("inf")
     past = tl.where(nothing, 0.0, shift - its_lse * LOG2E)
     its_weight = tl.load(weight + place, mask=place < count, other=0.0)
-    tl.store(factor + place, tl.where(nothing, 0.0, its_weight * gain * tl.exp2(past)))
-    tl.store(careful + tile, tl.max((past > _FARTHEST).to(tl.int32)))
+    its_factor = tl.where(nothing, 0.0, its_weight * gain * tl.exp2(past))
+    tl.store(factor + place, its_factor)
+    lost = (tl.abs(its_factor) < _SMALLEST_FACTOR) & (its_weight != 0.0) & ~nothing
+    tl.store(careful + tile, tl.max(((past > _FARTHEST) | lost).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["rows", "col_count"])
@@ -63,7 +67,7 @@ def softmax_factors_kernel(
     col_weight,  # float32 [col_count]
     row_factor,  # float32, whole tiles that cover [rows], written
     col_factor,  # float32, whole tiles that cover all columns, written: 0 from col_count on
-    row_careful,  # int32 [tiles of rows], written: whether one has a logsumexp so low that terms vanish
+    row_careful,  # int32 [tiles of rows], written: whether a softmax of the tile has lost terms or digits
     col_careful,  # int32 [tiles of columns], written, likewise
     rows,
     col_count,
