@@ -192,9 +192,9 @@ class Ranks:
         dist.all_reduce(tensor, op, self.group)
         return tensor
 
-    def local(self, hat: Tensor, ids: Tensor | None, vectors: Tensor | None = None) -> Columns:
+    def local(self, hat: Tensor, ids: Tensor | None) -> Columns:
         """This rank's columns."""
-        return Columns(hat, ids, vectors, self.counted[self.rank], True)
+        return Columns(hat, ids, None, self.counted[self.rank], True)
 
     def gathered(self, own: Columns) -> Columns:
         """All ranks' columns: this rank's counted ones, the others', then the extra ones in the same order."""
@@ -299,6 +299,8 @@ class Ranks:
         merge: Callable[[Tensor, Tensor], Tensor],
         extra: bool,
     ) -> Tensor:
+        if 0 in self.counted:  # NCCL's first transfers in a group want all ranks, also those with nothing to pass on
+            self.total(columns.hat.new_zeros(1))
         returning = None
         for step in range(self.size):
             # Whose columns come next; after the last step, what the others found out about this rank's own.

@@ -15,7 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modest_align_kernels import ModestAlignLoss, contrastive_logsumexp, dispatch, modest_align_loss, reference
+from modest_align_kernels import (
+    ModestAlignLoss,
+    contrastive_logsumexp,
+    dispatch,
+    distributed,
+    modest_align_loss,
+    reference,
+)
 from modest_align_kernels.backends import eager
 from modest_align_kernels.testing import (
     CASES,
@@ -247,6 +254,21 @@ def costs(group, strategy: str, backend: str, dtype: torch.dtype) -> None:
     assert flops == cost.flops
     small = 4 * 8 * (size - 1) + 4 * 2 * 4  # what all agree on; the largest weight, the loss, its and scale's gradients
     assert 0 < sent - (cost.forward + cost.backward) <= small, (sent, cost)
+
+
+def auto(group) -> None:
+    """The ring where gathering would take too much."""
+    from benchmarks.ranks import Traffic
+
+    x, y = (torch.randn(4, 8) for _ in range(2))
+    needed = 4 * group.size() * 8 * (4 + 4)  # bytes of all texts and of their gradient
+    before = distributed.GATHER_BYTES
+    for limit, ring in ((needed - 1, True), (needed, False)):
+        distributed.GATHER_BYTES = limit
+        with Traffic(group.size()) as traffic:
+            modest_align_loss(x, y, 9.0, process_group=group)
+        assert ("send" in traffic.sent) == ring, traffic.sent
+    distributed.GATHER_BYTES = before
 
 
 def memory(group, strategy: str) -> None:

@@ -95,6 +95,10 @@ def test_costs_are_as_on_paper(pool, strategy: str, size: int, backend: str, dty
     pool.run("costs", size, strategy=strategy, backend=backend, dtype=dtype)
 
 
+def test_auto_is_the_ring_where_gathering_takes_too_much(pool) -> None:
+    pool.run("auto", 2)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_memory_is_as_on_paper(pool, strategy: str) -> None:
     pool.run("memory", 4, strategy=strategy)
