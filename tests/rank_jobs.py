@@ -219,6 +219,8 @@ def contract(group, strategy: str) -> None:
             same_everywhere(group, got[2])
             expected = of_x[index] * features, of_y[index] * features, of_scale * shared, of_smoothing * shared
             torch.testing.assert_close(got, tuple(t * mean for t in expected))
+        loss = ModestAlignLoss(0.0, 0.2, **given)(x_own, y_own, scale)
+        torch.testing.assert_close(torch.autograd.grad(loss, (x_own, scale)), (expected[0], expected[2]))
 
 
 def noise(group, strategy: str, how: str, backend: str) -> None:
