@@ -58,7 +58,7 @@ def fields_of_functions() -> dict[str, list[str]]:
         return inherited + [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
 
     return {
-        node.name: fields(node.args.kwarg.annotation.slice.id)
+        node.name: fields(node.args.kwarg.annotation.slice.id) + [argument.arg for argument in node.args.kwonlyargs]
         for node in stub.body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("cpu_") and node.args.kwarg
     }
