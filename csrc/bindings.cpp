@@ -1,5 +1,8 @@
-// A table, no logic: keyword arguments fill the struct that kernels.h says, a status comes out, the GIL is released
-// meanwhile. An argument that is missing, unknown or of the wrong type is a TypeError.
+// Tables, and the one place where a tensor becomes an address: keyword arguments fill the structs that kernels.h says.
+//
+// The kernels see no dtype, no strides and no device: what they would misread is refused here, with an exception that
+// names the argument. Python's objects are asked, not PyTorch's C++, so that one build serves every version of it. The
+// GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -7,6 +10,7 @@
 #include <vector>
 
 #include "experiment.h"
+#include "extents.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -14,23 +18,182 @@ using namespace modest_align;
 
 namespace {
 
-// Addresses are integers, 0 a null pointer.
-template <class T>
-void read(py::handle value, T*& field) {
-  field = reinterpret_cast<T*>(value.cast<std::uintptr_t>());
+// What is asked of PyTorch, looked up once; never freed.
+struct Torch {
+  py::module_ module = py::module_::import("torch");
+  PyObject* dtypes[3] = {dtype("float32"), dtype("float16"), dtype("bfloat16")};  // by the codes of Dtype
+  PyObject *int32 = dtype("int32"), *int64 = dtype("int64");
+  py::object uint8 = module.attr("uint8"), empty = module.attr("empty");
+  PyObject *dtype_ = name("dtype"), *shape = name("shape"), *device = name("device"), *is_cpu = name("is_cpu"),
+           *is_contiguous = name("is_contiguous"), *data_ptr = name("data_ptr"), *stride = name("stride");
+
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+  PyObject* dtype(const char* text) const { return py::object(module.attr(text)).release().ptr(); }
+};
+
+const Torch& torch() {
+  static const Torch* const torch = new Torch;
+  return *torch;
 }
-void read(py::handle value, Dtype& field) { field = static_cast<Dtype>(value.cast<int>()); }
-template <class T>
-void read(py::handle value, T& field) {
-  field = value.cast<T>();
+
+py::object steal(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+py::object get(py::handle object, PyObject* name) { return steal(PyObject_GetAttr(object.ptr(), name)); }
+py::object call(py::handle object, PyObject* name) { return steal(PyObject_CallMethodNoArgs(object.ptr(), name)); }
+std::string text(py::handle object) { return py::str(object); }
+std::string shape_of(py::handle tensor) { return text(py::tuple(py::list(get(tensor, torch().shape)))); }
+
+// What a call's arguments have said so far: an extent is said by the first tensor that has it, and wanted of the
+// others, as is the operands' dtype.
+struct Call {
+  const std::string& function;
+  bool on_cpu;
+  std::vector<const std::int64_t*> known{};
+  PyObject* operand_dtype = nullptr;  // borrowed: dtypes are never freed
+  py::object device{};
+
+  bool knows(const std::int64_t& extent) const {
+    for (const std::int64_t* one : known) {
+      if (one == &extent) return true;
+    }
+    return false;
+  }
+};
+
+[[noreturn]] void refuse(const char* name, const std::string& what) {
+  throw py::value_error(std::string(name) + ": " + what);
+}
+
+void check_device(Call& call_, const char* name, py::handle tensor) {
+  const Torch& t = torch();
+  if (call_.on_cpu) {
+    if (get(tensor, t.is_cpu).ptr() != Py_True) {
+      refuse(name, "got a tensor on " + text(get(tensor, t.device)) + ", want one on cpu");
+    }
+    return;
+  }
+  const py::object device = get(tensor, t.device);
+  if (!call_.device) call_.device = device;
+  if (!device.equal(call_.device)) {
+    refuse(name, "got a tensor on " + text(device) + ", want one on " + text(call_.device));
+  }
+}
+
+// The address of a tensor that has this dtype (null: any of DTYPES) and these extents, or null for None.
+void* address(Call& call_, const char* name, py::handle tensor, PyObject* dtype, bool strided,
+              std::initializer_list<std::int64_t*> extents) {
+  if (tensor.is_none()) return nullptr;
+  const Torch& t = torch();
+  const py::object shape = get(tensor, t.shape), its_dtype = get(tensor, t.dtype_);
+  if (dtype && its_dtype.ptr() != dtype) {
+    throw py::type_error(std::string(name) + ": got " + text(its_dtype) + ", want " + text(dtype));
+  }
+  check_device(call_, name, tensor);
+  bool right = PyTuple_Check(shape.ptr()) && PyTuple_GET_SIZE(shape.ptr()) == static_cast<Py_ssize_t>(extents.size());
+  Py_ssize_t dimension = 0;
+  for (std::int64_t* extent : extents) {
+    if (!right) break;
+    const std::int64_t length = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), dimension++));
+    if (!call_.knows(*extent)) {
+      *extent = length;
+      call_.known.push_back(extent);
+    }
+    right = *extent == length;
+  }
+  if (!right) {
+    py::list wanted;
+    for (const std::int64_t* extent : extents) {
+      if (call_.knows(*extent))
+        wanted.append(*extent);
+      else
+        wanted.append("any");
+    }
+    refuse(name, "got shape " + shape_of(tensor) + ", want " + text(py::tuple(wanted)));
+  }
+  if (!strided && call(tensor, t.is_contiguous).ptr() != Py_True) {
+    refuse(name,
+           "got strides " + text(call(tensor, t.stride)) + " for shape " + shape_of(tensor) + ", want it contiguous");
+  }
+  return PyLong_AsVoidPtr(call(tensor, t.data_ptr).ptr());
+}
+
+Dtype code_of(const char* name, py::handle tensor) {
+  const py::object dtype = get(tensor, torch().dtype_);
+  for (int code = 0; code < 3; ++code) {
+    if (torch().dtypes[code] == dtype.ptr()) return static_cast<Dtype>(code);
+  }
+  throw py::type_error(std::string(name) + ": got " + text(dtype) + ", want torch.float32, float16 or bfloat16");
+}
+
+// The dtypes that elements of a tensor may have.
+template <class A>
+PyObject* real(A&, Call&, py::handle) {
+  return torch().dtypes[0];
+}
+template <class A>
+PyObject* group(A&, Call&, py::handle) {
+  return torch().int32;
+}
+template <class A>
+PyObject* integer(A&, Call&, py::handle) {
+  return torch().int64;
+}
+template <class A>
+PyObject* operand(A& a, Call& call_, py::handle tensor) {
+  if (!call_.operand_dtype && !tensor.is_none()) {
+    call_.operand_dtype = get(tensor, torch().dtype_).ptr();
+    const bool bfloat16 = call_.on_cpu && cpu_kernels().bfloat16;
+    std::vector<Dtype> supported{call_.on_cpu ? Dtype::float32 : Dtype::float16};
+    if (bfloat16) supported.push_back(Dtype::bfloat16);
+    std::string wanted;
+    for (const Dtype dtype : supported) {
+      PyObject* const object = torch().dtypes[static_cast<int>(dtype)];
+      if (object == call_.operand_dtype) {
+        a.operand_dtype = dtype;
+        return object;
+      }
+      wanted += (wanted.empty() ? "" : " or ") + text(object);
+    }
+    refuse("operand_dtype", "got " + text(call_.operand_dtype) + ", want " + wanted + " here");
+  }
+  return call_.operand_dtype;
 }
 
 template <class Arguments>
 struct Field {
   const char* name;
-  void (*set)(Arguments&, py::handle);
+  const char* layout;  // of a tensor, its extents
+  void (*set)(Arguments&, py::handle, Call&);
   PyObject* key = PyUnicode_InternFromString(name);
 };
+
+template <class T>
+void read_number(py::handle value, T*& field) {
+  field = reinterpret_cast<T*>(value.cast<std::uintptr_t>());
+}
+template <class T>
+void read_number(py::handle value, T& field) {
+  field = value.cast<T>();
+}
+
+// A number, or the address of something that no struct describes.
+#define NUMBER(name) {#name, "", [](auto& a, py::handle value, Call&) { read_number(value, a.name); }}
+#define TENSOR(name, layout, elements, ...)                                                             \
+  {#name, layout, [](auto& a, py::handle value, Call& call_) {                                          \
+     PyObject* const dtype = elements(a, call_, value);                                                 \
+     a.name = static_cast<decltype(a.name)>(address(call_, #name, value, dtype, false, {__VA_ARGS__})); \
+   }}
+#define SCALAR(name, elements) TENSOR(name, "[]", elements)
+#define VECTOR(name, elements, length) TENSOR(name, "[" #length "]", elements, &a.length)
+#define MATRIX(name, elements, height, width) TENSOR(name, "[" #height ", " #width "]", elements, &a.height, &a.width)
+// Of the features' dtype.
+#define FEATURES(name)                                                              \
+  {#name, "[rows, features]", [](auto& a, py::handle value, Call& call_) {          \
+     a.name##_dtype = code_of(#name, value);                                        \
+     a.name = address(call_, #name, value, nullptr, false, {&a.rows, &a.features}); \
+   }}
 
 template <class Arguments>
 using Fields = std::vector<Field<Arguments>>;
@@ -41,132 +204,229 @@ Fields<Arguments> operator+(Fields<Arguments> fields, const Fields<Arguments>& m
   return fields;
 }
 
+void at_least_one(const char* name, std::int64_t extent) {
+  if (extent < 1) refuse(name, "got " + std::to_string(extent) + ", want at least 1: the kernels divide by it");
+}
+
+// What no single tensor says.
+void check(PerturbNormalize& a, const Call&) {
+  at_least_one("rows", a.rows);
+  at_least_one("width", a.width);
+}
+void check(PerturbNormalizeBackward& a, const Call&) {
+  at_least_one("rows", a.rows);
+  at_least_one("width", a.width);
+}
+void check(PairLosses& a, const Call& call_) {
+  if (!call_.knows(a.columns)) a.columns = a.rows;  // nothing is smoothed
+}
+void check(Logits& a, const Call&) {
+  at_least_one("rows", a.rows);
+  at_least_one("columns", a.columns);
+  at_least_one("width", a.width);
+  if (a.kept_rows == 0) return;
+  // What kernels.h wants of the exponentials.
+  const std::int64_t first = larger(a.rows - a.kept_rows, 0);
+  const std::int64_t last_rows = a.rows - smaller(round_up(first, 24), (a.rows - 1) / 24 * 24);
+  const std::int64_t stride = larger(a.kept_stride, round_up(a.columns, 32) + 16);
+  if (a.kept_rows != last_rows || a.kept_stride != stride) {
+    refuse("exponentials", "got shape (" + std::to_string(a.kept_rows) + ", " + std::to_string(a.kept_stride) +
+                               "), want (" + std::to_string(last_rows) + ", " + std::to_string(stride) + ")");
+  }
+}
+
 template <class Arguments>
-Arguments parse(const std::string& function, const Fields<Arguments>& fields, const py::kwargs& given) {
+Arguments parse(Call& call_, const Fields<Arguments>& fields, const py::kwargs& given) {
   Arguments arguments{};
   for (const Field<Arguments>& field : fields) {
     PyObject* value = PyDict_GetItem(given.ptr(), field.key);
-    if (!value) throw py::type_error(function + ": got no argument " + field.name);
+    if (!value) throw py::type_error(call_.function + ": got no argument " + field.name);
+    const auto wrong = [&] {
+      return py::type_error(call_.function + ": " + field.name + ": got " + Py_TYPE(value)->tp_name);
+    };
     try {
-      field.set(arguments, value);
+      field.set(arguments, value, call_);
     } catch (const py::cast_error&) {
-      throw py::type_error(function + ": " + field.name + ": got " + Py_TYPE(value)->tp_name);
+      throw wrong();
+    } catch (py::error_already_set& error) {
+      if (error.matches(PyExc_AttributeError)) throw wrong();
+      throw;
     }
   }
-  if (given.size() == fields.size()) return arguments;
-  for (const auto& item : given) {
-    const std::string name = py::str(item.first);
-    bool known = false;
-    for (const Field<Arguments>& field : fields) known = known || name == field.name;
-    if (!known) throw py::type_error(function + ": got the unknown argument " + name);
+  if (given.size() != fields.size()) {
+    for (const auto& item : given) {
+      const std::string name = py::str(item.first);
+      bool known = false;
+      for (const Field<Arguments>& field : fields) known = known || name == field.name;
+      if (!known) throw py::type_error(call_.function + ": got the unknown argument " + name);
+    }
   }
+  check(arguments, call_);
   return arguments;
 }
 
-// The docstring names the arguments, for a test that compares _C.pyi.
-template <class Arguments, class Function>
-void define(py::module_& m, const std::string& name, const Fields<Arguments>& fields, Function function) {
+// run(arguments) for the keyword arguments of `fields`. The docstring names them, and the extents of tensors, for
+// tests.
+template <class Arguments, class Run>
+void define(py::module_& m, const std::string& name, const Fields<Arguments>& fields, bool on_cpu, Run run) {
   std::string doc = name + "(*";
-  for (const Field<Arguments>& field : fields) doc += std::string(", ") + field.name;
+  for (const Field<Arguments>& field : fields) doc += std::string(", ") + field.name + field.layout;
   m.def(
       name.c_str(),
-      [name, fields, function](const py::kwargs& given) {
-        const Arguments arguments = parse(name, fields, given);
-        const py::gil_scoped_release release;
-        return function(arguments);
+      [name, fields, on_cpu, run](const py::kwargs& given) {
+        Call call_{name, on_cpu};
+        Arguments arguments = parse(call_, fields, given);
+        return run(arguments);
       },
       (doc + ")").c_str());
 }
 
-#define FIELD(name) {#name, [](auto& arguments, py::handle value) { read(value, arguments.name); }}
-
-template <class A>
-Fields<A> threads() {
-  return {FIELD(threads)};
+template <class Arguments>
+void define_on_cpu(py::module_& m, const std::string& name, Fields<Arguments> fields,
+                   void (*CpuKernels::*kernel)(const Arguments&)) {
+  define(m, name, fields + Fields<Arguments>{NUMBER(threads)}, true, [kernel](const Arguments& a) {
+    const py::gil_scoped_release release;
+    (cpu_kernels().*kernel)(a);
+  });
 }
 
-template <class A>
-Fields<A> device() {
-  return {FIELD(device), FIELD(cuda_stream)};
-}
-
-template <class A>
-Fields<A> workspace() {
-  return {FIELD(workspace)};
-}
-
-template <class A>
-Fields<A> extents() {
-  return {FIELD(rows), FIELD(columns), FIELD(col_count)};
+// With a workspace, which is PyTorch's memory: aligned to 64 bytes, and counted where it counts.
+template <class Arguments>
+void define_on_cpu(py::module_& m, const std::string& name, Fields<Arguments> fields,
+                   void (*CpuKernels::*kernel)(const Arguments&),
+                   std::int64_t (*CpuKernels::*bytes)(const Arguments&)) {
+  define(m, name, fields + Fields<Arguments>{NUMBER(threads)}, true, [kernel, bytes](Arguments& a) {
+    const std::int64_t size = (cpu_kernels().*bytes)(a);
+    const py::object workspace = torch().empty(size, py::arg("dtype") = torch().uint8);
+    a.workspace = PyLong_AsVoidPtr(call(workspace, torch().data_ptr).ptr());
+    const py::gil_scoped_release release;
+    (cpu_kernels().*kernel)(a);
+  });
 }
 
 template <class A>
 Fields<A> logits() {
-  return Fields<A>{FIELD(x_hat),   FIELD(y_hat),   FIELD(operand_dtype),   FIELD(scale),
-                   FIELD(row_ids), FIELD(col_ids), FIELD(exclude_diagonal)} +
-         extents<A>() + Fields<A>{FIELD(width), FIELD(exponentials), FIELD(kept_rows), FIELD(kept_stride)};
+  return {MATRIX(x_hat, operand, rows, width),
+          MATRIX(y_hat, operand, columns, width),
+          SCALAR(scale, real),
+          VECTOR(row_ids, group, rows),
+          VECTOR(col_ids, group, columns),
+          NUMBER(exclude_diagonal),
+          MATRIX(exponentials, operand, kept_rows, kept_stride),
+          VECTOR(row_lse, real, rows),
+          VECTOR(col_lse, real, col_count)};
 }
 
 template <class A>
 Fields<A> softmaxes() {
-  return logits<A>() + Fields<A>{FIELD(row_lse), FIELD(col_lse), FIELD(row_weight), FIELD(col_weight)};
+  return logits<A>() + Fields<A>{VECTOR(row_weight, real, rows), VECTOR(col_weight, real, col_count)};
+}
+
+template <class A>
+Fields<A> perturb_normalize() {
+  return {{"x", "[rows, features]",
+           [](auto& a, py::handle value, Call& call_) {
+             a.x_dtype = code_of("x", value);
+             a.x = address(call_, "x", value, nullptr, true, {&a.rows, &a.features});
+             const py::tuple strides = call(value, torch().stride);
+             a.row_stride = strides[0].cast<std::int64_t>(), a.feature_stride = strides[1].cast<std::int64_t>();
+           }},
+          SCALAR(seed, integer),
+          SCALAR(noise_std, real),
+          NUMBER(noise_stream),
+          NUMBER(first_row),
+          NUMBER(relative_noise),
+          MATRIX(x_hat, operand, rows, width),
+          MATRIX(pair_hat, operand, pairs, width),
+          VECTOR(inv_norm, real, rows),
+          VECTOR(pair_dot, real, pairs)};
 }
 
 template <class A>
 Fields<A> perturb_normalize_backward() {
-  return {FIELD(grad),        FIELD(x_hat), FIELD(operand_dtype), FIELD(inv_norm),        FIELD(pair_hat),
-          FIELD(pair_weight), FIELD(scale), FIELD(factor),        FIELD(smoothing),       FIELD(ids),
-          FIELD(pair_ids),    FIELD(dx),    FIELD(dx_dtype),      FIELD(negative_weight), FIELD(pair_negative_weight),
-          FIELD(row_dot),     FIELD(rows),  FIELD(pairs),         FIELD(pair_rows),       FIELD(features),
-          FIELD(width)};
+  return {MATRIX(x_hat, operand, rows, width),
+          MATRIX(grad, real, rows, width),
+          VECTOR(inv_norm, real, rows),
+          MATRIX(pair_hat, operand, pair_rows, width),
+          VECTOR(pair_weight, real, pairs),
+          SCALAR(scale, real),
+          SCALAR(factor, real),
+          FEATURES(dx),
+          VECTOR(row_dot, real, rows),
+          SCALAR(smoothing, real),
+          VECTOR(ids, group, rows),
+          VECTOR(pair_ids, group, pair_rows),
+          VECTOR(negative_weight, real, pairs),
+          VECTOR(pair_negative_weight, real, pairs)};
 }
 
 template <class A>
 Fields<A> pair_losses() {
-  return Fields<A>{FIELD(row_lse),
-                   FIELD(col_lse),
-                   FIELD(pair_dot),
-                   FIELD(scale),
-                   FIELD(losses),
-                   FIELD(row_weight),
-                   FIELD(col_weight),
-                   FIELD(pair_weight),
-                   FIELD(smoothing),
-                   FIELD(x_hat),
-                   FIELD(y_hat),
-                   FIELD(operand_dtype),
-                   FIELD(row_ids),
-                   FIELD(col_ids),
-                   FIELD(slope),
-                   FIELD(row_negative_weight),
-                   FIELD(col_negative_weight),
-                   FIELD(width)} +
-         extents<A>();
+  return {VECTOR(row_lse, real, rows),
+          VECTOR(col_lse, real, col_count),
+          VECTOR(pair_dot, real, rows),
+          SCALAR(scale, real),
+          VECTOR(losses, real, rows),
+          VECTOR(row_weight, real, rows),
+          VECTOR(col_weight, real, col_count),
+          VECTOR(pair_weight, real, rows),
+          SCALAR(smoothing, real),
+          MATRIX(x_hat, operand, rows, width),
+          MATRIX(y_hat, operand, columns, width),
+          VECTOR(row_ids, group, rows),
+          VECTOR(col_ids, group, columns),
+          VECTOR(slope, real, rows),
+          VECTOR(row_negative_weight, real, rows),
+          VECTOR(col_negative_weight, real, rows)};
+}
+
+#ifdef MODEST_ALIGN_CUDA
+std::string extent(const char* name, std::int64_t value) { return std::string(name) + "=" + std::to_string(value); }
+std::string extents_of(const PerturbNormalize& a) {
+  return extent("rows", a.rows) + ", " + extent("features", a.features) + ", " + extent("width", a.width);
+}
+std::string extents_of(const PerturbNormalizeBackward& a) {
+  return extent("rows", a.rows) + ", " + extent("features", a.features) + ", " + extent("width", a.width);
+}
+std::string extents_of(const PairLosses& a) { return extent("rows", a.rows) + ", " + extent("columns", a.columns); }
+std::string extents_of(const Logits& a) {
+  return extent("rows", a.rows) + ", " + extent("columns", a.columns) + ", " + extent("width", a.width);
+}
+
+template <class A>
+Fields<A> on_gpu(const Fields<A>& fields) {
+  return fields + Fields<A>{NUMBER(device), NUMBER(cuda_stream)};
+}
+
+template <class Arguments>
+void define_on_gpu(py::module_& m, const std::string& name, const Fields<Arguments>& fields,
+                   int (*kernel)(const Arguments&)) {
+  define(m, "cuda_" + name, on_gpu(fields), false, [name, kernel](const Arguments& a) {
+    int status;
+    {
+      const py::gil_scoped_release release;
+      status = kernel(a);
+    }
+    if (status == 0) return;
+    const std::string error = "CUDA error " + std::to_string(status) + ", " + cuda::error_string(status);
+    throw std::runtime_error(name + "(" + extents_of(a) + "): " + error);
+  });
 }
 
 // And beside it NAME_workspace, which takes the same arguments but this one.
-template <class Arguments, class Function, class Size>
-void define_with_workspace(py::module_& m, const std::string& name, const Fields<Arguments>& fields, Function function,
-                           Size size) {
-  define(m, name, fields + workspace<Arguments>(), function);
-  define(m, name + "_workspace", fields, size);
+template <class Arguments>
+void define_on_gpu(py::module_& m, const std::string& name, const Fields<Arguments>& fields,
+                   int (*kernel)(const Arguments&), std::int64_t (*bytes)(const Arguments&)) {
+  define_on_gpu(m, name, fields + Fields<Arguments>{NUMBER(workspace)}, kernel);
+  define(m, "cuda_" + name + "_workspace", on_gpu(fields), false, [bytes](const Arguments& a) { return bytes(a); });
 }
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   py::options options;
   options.disable_function_signatures();
-
-  const Fields<PerturbNormalize> perturb_normalize{
-      FIELD(x),         FIELD(x_dtype),       FIELD(row_stride), FIELD(feature_stride), FIELD(seed),
-      FIELD(noise_std), FIELD(noise_stream),  FIELD(first_row),  FIELD(relative_noise), FIELD(pair_hat),
-      FIELD(x_hat),     FIELD(operand_dtype), FIELD(inv_norm),   FIELD(pair_dot),       FIELD(rows),
-      FIELD(pairs),     FIELD(features),      FIELD(width)};
-  using Backward = PerturbNormalizeBackward;
-  using Stats = ContrastiveStats;
-  using Grads = ContrastiveGrads;
-  const Fields<Stats> stats = logits<Stats>() + Fields<Stats>{FIELD(row_lse), FIELD(col_lse)};
 
   m.attr("experiment") = kExperiment;
   m.def("cpu_level", [] { return cpu_kernels().level; });
@@ -177,46 +437,44 @@ PYBIND11_MODULE(_C, m) {
     for (const char* const* level = cpu_levels(); *level; ++level) names.append(*level);
     return names;
   });
-  define(m, "cpu_perturb_normalize", perturb_normalize + threads<PerturbNormalize>(),
-         [](const PerturbNormalize& a) { cpu_kernels().perturb_normalize(a); });
-  define_with_workspace(
-      m, "cpu_perturb_normalize_backward", perturb_normalize_backward<Backward>() + threads<Backward>(),
-      [](const Backward& a) { cpu_kernels().perturb_normalize_backward(a); },
-      [](const Backward& a) { return cpu_kernels().perturb_normalize_backward_workspace(a); });
-  define_with_workspace(
-      m, "cpu_pair_losses", pair_losses<PairLosses>() + threads<PairLosses>(),
-      [](const PairLosses& a) { cpu_kernels().pair_losses(a); },
-      [](const PairLosses& a) { return cpu_kernels().pair_losses_workspace(a); });
-  define_with_workspace(
-      m, "cpu_contrastive_stats", stats + threads<Stats>(), [](const Stats& a) { cpu_kernels().contrastive_stats(a); },
-      [](const Stats& a) { return cpu_kernels().contrastive_stats_workspace(a); });
-  define_with_workspace(
-      m, "cpu_contrastive_grads", softmaxes<Grads>() + Fields<Grads>{FIELD(grad_x), FIELD(grad_y)} + threads<Grads>(),
-      [](const Grads& a) { cpu_kernels().contrastive_grads(a); },
-      [](const Grads& a) { return cpu_kernels().contrastive_grads_workspace(a); });
+  using Normalize = PerturbNormalize;
+  using Backward = PerturbNormalizeBackward;
+  using Grads = ContrastiveGrads;
+  using Cpu = CpuKernels;
+  define_on_cpu(m, "cpu_perturb_normalize", perturb_normalize<Normalize>(), &Cpu::perturb_normalize);
+  define_on_cpu(m, "cpu_perturb_normalize_backward", perturb_normalize_backward<Backward>(),
+                &Cpu::perturb_normalize_backward, &Cpu::perturb_normalize_backward_workspace);
+  define_on_cpu(m, "cpu_pair_losses", pair_losses<PairLosses>(), &Cpu::pair_losses, &Cpu::pair_losses_workspace);
+  define_on_cpu(m, "cpu_contrastive_stats", logits<ContrastiveStats>(), &Cpu::contrastive_stats,
+                &Cpu::contrastive_stats_workspace);
+  define_on_cpu(
+      m, "cpu_contrastive_grads",
+      softmaxes<Grads>() + Fields<Grads>{MATRIX(grad_x, real, rows, width), MATRIX(grad_y, real, columns, width)},
+      &Cpu::contrastive_grads, &Cpu::contrastive_grads_workspace);
 
 #ifdef MODEST_ALIGN_CUDA
   m.attr("cuda") = true;
-  m.def("cuda_error_string", &cuda::error_string);
-  define(m, "cuda_perturb_normalize", perturb_normalize + device<PerturbNormalize>(), cuda::perturb_normalize);
   using CudaBackward = cuda::PerturbNormalizeBackward;
   using CudaPairs = cuda::PairLosses;
-  define_with_workspace(
-      m, "cuda_perturb_normalize_backward",
-      perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{FIELD(pair_order)} + device<CudaBackward>(),
-      cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
-  define_with_workspace(
-      m, "cuda_pair_losses",
-      pair_losses<CudaPairs>() + Fields<CudaPairs>{FIELD(row_order), FIELD(col_order)} + device<CudaPairs>(),
-      cuda::pair_losses, cuda::pair_losses_workspace);
-  define_with_workspace(m, "cuda_contrastive_stats", stats + Fields<Stats>{FIELD(workspace_bytes)} + device<Stats>(),
-                        cuda::contrastive_stats, cuda::contrastive_stats_workspace);
+  using Stats = ContrastiveStats;
   using G = cuda::ContrastiveG;
-  const Fields<G> factors{FIELD(row_factor), FIELD(col_factor)};
-  const Fields<G> block{FIELD(g),          FIELD(g_stride),     FIELD(first_row),
-                        FIELD(block_rows), FIELD(first_column), FIELD(block_columns)};
-  define(m, "cuda_softmax_factors", softmaxes<G>() + factors + device<G>(), cuda::softmax_factors);
-  define(m, "cuda_contrastive_g", softmaxes<G>() + factors + block + device<G>(), cuda::contrastive_g);
+  define_on_gpu(m, "perturb_normalize", perturb_normalize<Normalize>(), cuda::perturb_normalize);
+  define_on_gpu(
+      m, "perturb_normalize_backward",
+      perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{VECTOR(pair_order, integer, pair_rows)},
+      cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
+  define_on_gpu(m, "pair_losses",
+                pair_losses<CudaPairs>() +
+                    Fields<CudaPairs>{VECTOR(row_order, integer, rows), VECTOR(col_order, integer, columns)},
+                cuda::pair_losses, cuda::pair_losses_workspace);
+  define_on_gpu(m, "contrastive_stats", logits<Stats>() + Fields<Stats>{NUMBER(workspace_bytes)},
+                cuda::contrastive_stats, cuda::contrastive_stats_workspace);
+  const Fields<G> factors =
+      softmaxes<G>() + Fields<G>{VECTOR(row_factor, real, rows), VECTOR(col_factor, real, columns)};
+  const Fields<G> block{NUMBER(g),          NUMBER(g_stride),     NUMBER(first_row),
+                        NUMBER(block_rows), NUMBER(first_column), NUMBER(block_columns)};
+  define_on_gpu(m, "softmax_factors", factors, cuda::softmax_factors);
+  define_on_gpu(m, "contrastive_g", factors + block, cuda::contrastive_g);
 #else
   m.attr("cuda") = false;
 #endif

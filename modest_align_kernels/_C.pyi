@@ -1,102 +1,73 @@
 """The compiled kernels: csrc/kernels.h says what the arguments are, in structs of the same names.
 
-Addresses are integers, 0 a null pointer; dtypes are the codes of its Dtype.
+Tensors are checked (csrc/bindings.cpp), None is a null pointer; extents, strides and dtypes are the tensors'.
 """
 
 from typing import TypedDict
 
+from torch import Tensor
 from typing_extensions import Unpack
 
-class Extents(TypedDict):
-    rows: int
-    columns: int
-    col_count: int
-
-class Logits(Extents):
-    x_hat: int
-    y_hat: int
-    operand_dtype: int
-    scale: int
-    row_ids: int
-    col_ids: int
+class Logits(TypedDict):
+    x_hat: Tensor
+    y_hat: Tensor
+    scale: Tensor
+    row_ids: Tensor | None
+    col_ids: Tensor | None
     exclude_diagonal: bool
-    width: int
-    exponentials: int
-    kept_rows: int
-    kept_stride: int
-
-class ContrastiveStats(Logits):
-    row_lse: int
-    col_lse: int
+    exponentials: Tensor | None
+    row_lse: Tensor
+    col_lse: Tensor
 
 class Softmaxes(Logits):
-    row_lse: int
-    col_lse: int
-    row_weight: int
-    col_weight: int
+    row_weight: Tensor
+    col_weight: Tensor
 
 class PerturbNormalize(TypedDict):
-    x: int
-    x_dtype: int
-    row_stride: int
-    feature_stride: int
-    seed: int
-    noise_std: int
+    x: Tensor
+    seed: Tensor | None
+    noise_std: Tensor | None
     noise_stream: int
     first_row: int
     relative_noise: bool
-    pair_hat: int
-    x_hat: int
-    operand_dtype: int
-    inv_norm: int
-    pair_dot: int
-    rows: int
-    pairs: int
-    features: int
-    width: int
+    pair_hat: Tensor | None
+    x_hat: Tensor
+    inv_norm: Tensor
+    pair_dot: Tensor
 
 class PerturbNormalizeBackward(TypedDict):
-    grad: int
-    x_hat: int
-    operand_dtype: int
-    inv_norm: int
-    pair_hat: int
-    pair_weight: int
-    scale: int
-    factor: int
-    smoothing: int
-    ids: int
-    pair_ids: int
-    negative_weight: int
-    pair_negative_weight: int
-    dx: int
-    dx_dtype: int
-    row_dot: int
-    rows: int
-    pairs: int
-    pair_rows: int
-    features: int
-    width: int
+    grad: Tensor
+    x_hat: Tensor
+    inv_norm: Tensor
+    pair_hat: Tensor
+    pair_weight: Tensor
+    scale: Tensor
+    factor: Tensor
+    dx: Tensor
+    row_dot: Tensor
+    smoothing: Tensor | None
+    ids: Tensor | None
+    pair_ids: Tensor | None
+    negative_weight: Tensor | None
+    pair_negative_weight: Tensor | None
 
-class PairLosses(Extents):
-    row_lse: int
-    col_lse: int
-    pair_dot: int
-    scale: int
-    losses: int
-    row_weight: int
-    col_weight: int
-    pair_weight: int
-    smoothing: int
-    x_hat: int
-    y_hat: int
-    operand_dtype: int
-    row_ids: int
-    col_ids: int
-    slope: int
-    row_negative_weight: int
-    col_negative_weight: int
-    width: int
+class PairLosses(TypedDict):
+    row_lse: Tensor
+    col_lse: Tensor
+    pair_dot: Tensor
+    scale: Tensor
+    losses: Tensor
+    row_weight: Tensor
+    col_weight: Tensor
+    pair_weight: Tensor
+    smoothing: Tensor | None
+    x_hat: Tensor | None
+    y_hat: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    slope: Tensor | None
+    row_negative_weight: Tensor | None
+    col_negative_weight: Tensor | None
 
 class OnCpu(TypedDict):
     threads: int
@@ -108,28 +79,29 @@ class OnCuda(TypedDict):
 class CpuPerturbNormalize(PerturbNormalize, OnCpu): ...
 class CpuPerturbNormalizeBackward(PerturbNormalizeBackward, OnCpu): ...
 class CpuPairLosses(PairLosses, OnCpu): ...
-class CpuContrastiveStats(ContrastiveStats, OnCpu): ...
+class CpuContrastiveStats(Logits, OnCpu): ...
 
 class CpuContrastiveGrads(Softmaxes, OnCpu):
-    grad_x: int
-    grad_y: int
+    grad_x: Tensor | None
+    grad_y: Tensor | None
 
 class CudaPerturbNormalize(PerturbNormalize, OnCuda): ...
 
 class CudaPerturbNormalizeBackward(PerturbNormalizeBackward, OnCuda):
-    pair_order: int
+    pair_order: Tensor | None
 
 class CudaPairLosses(PairLosses, OnCuda):
-    row_order: int
-    col_order: int
+    row_order: Tensor | None
+    col_order: Tensor | None
 
-class CudaContrastiveStats(ContrastiveStats, OnCuda):
+class CudaContrastiveStats(Logits, OnCuda):
     workspace_bytes: int
 
 class SoftmaxFactors(Softmaxes, OnCuda):
-    row_factor: int
-    col_factor: int
+    row_factor: Tensor
+    col_factor: Tensor
 
+# Where a block of G is, is an address and numbers.
 class ContrastiveG(SoftmaxFactors):
     g: int
     g_stride: int
@@ -146,21 +118,18 @@ def cpu_levels() -> list[str]: ...
 def set_cpu_level(level: str) -> bool: ...
 def cpu_bfloat16() -> bool: ...
 def cpu_perturb_normalize(**arguments: Unpack[CpuPerturbNormalize]) -> None: ...
-def cpu_perturb_normalize_backward(*, workspace: int, **arguments: Unpack[CpuPerturbNormalizeBackward]) -> None: ...
-def cpu_perturb_normalize_backward_workspace(**arguments: Unpack[CpuPerturbNormalizeBackward]) -> int: ...
-def cpu_pair_losses(*, workspace: int, **arguments: Unpack[CpuPairLosses]) -> None: ...
-def cpu_pair_losses_workspace(**arguments: Unpack[CpuPairLosses]) -> int: ...
-def cpu_contrastive_stats(*, workspace: int, **arguments: Unpack[CpuContrastiveStats]) -> None: ...
-def cpu_contrastive_stats_workspace(**arguments: Unpack[CpuContrastiveStats]) -> int: ...
-def cpu_contrastive_grads(*, workspace: int, **arguments: Unpack[CpuContrastiveGrads]) -> None: ...
-def cpu_contrastive_grads_workspace(**arguments: Unpack[CpuContrastiveGrads]) -> int: ...
-def cuda_error_string(status: int) -> str: ...
-def cuda_perturb_normalize(**arguments: Unpack[CudaPerturbNormalize]) -> int: ...
-def cuda_perturb_normalize_backward(*, workspace: int, **arguments: Unpack[CudaPerturbNormalizeBackward]) -> int: ...
+def cpu_perturb_normalize_backward(**arguments: Unpack[CpuPerturbNormalizeBackward]) -> None: ...
+def cpu_pair_losses(**arguments: Unpack[CpuPairLosses]) -> None: ...
+def cpu_contrastive_stats(**arguments: Unpack[CpuContrastiveStats]) -> None: ...
+def cpu_contrastive_grads(**arguments: Unpack[CpuContrastiveGrads]) -> None: ...
+
+# workspace: the address of as many bytes as the function beside it says.
+def cuda_perturb_normalize(**arguments: Unpack[CudaPerturbNormalize]) -> None: ...
+def cuda_perturb_normalize_backward(*, workspace: int, **arguments: Unpack[CudaPerturbNormalizeBackward]) -> None: ...
 def cuda_perturb_normalize_backward_workspace(**arguments: Unpack[CudaPerturbNormalizeBackward]) -> int: ...
-def cuda_pair_losses(*, workspace: int, **arguments: Unpack[CudaPairLosses]) -> int: ...
+def cuda_pair_losses(*, workspace: int, **arguments: Unpack[CudaPairLosses]) -> None: ...
 def cuda_pair_losses_workspace(**arguments: Unpack[CudaPairLosses]) -> int: ...
-def cuda_contrastive_stats(*, workspace: int, **arguments: Unpack[CudaContrastiveStats]) -> int: ...
+def cuda_contrastive_stats(*, workspace: int, **arguments: Unpack[CudaContrastiveStats]) -> None: ...
 def cuda_contrastive_stats_workspace(**arguments: Unpack[CudaContrastiveStats]) -> int: ...
-def cuda_softmax_factors(**arguments: Unpack[SoftmaxFactors]) -> int: ...
-def cuda_contrastive_g(**arguments: Unpack[ContrastiveG]) -> int: ...
+def cuda_softmax_factors(**arguments: Unpack[SoftmaxFactors]) -> None: ...
+def cuda_contrastive_g(**arguments: Unpack[ContrastiveG]) -> None: ...

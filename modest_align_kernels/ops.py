@@ -64,11 +64,16 @@ def _register(pack: Callable[..., tuple[Any, ...]], results: _Allocation) -> _Al
     def run(*args: Any, backend: str, **allocated: Any) -> Any:
         device = args[0].device.type
         written = results(*args, backend=backend, **allocated)
+        kernel, given = _kernel(name, backend, device), pack(*args, *written)
+        autocast = torch.is_autocast_enabled(device)
+        if device == "cpu" and not autocast:
+            kernel(*given)
+            return written
         # The dtypes were chosen above; autocast would choose again for every matmul inside.
-        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        exact = torch.autocast(device, enabled=False) if autocast else nullcontext()
         # A kernel is launched on the current device, whatever device its tensors are on.
         with exact, torch.cuda.device_of(args[0]) if device == "cuda" else nullcontext():
-            _kernel(name, backend, device)(*pack(*args, *written))
+            kernel(*given)
         return written
 
     schema = torch.library.infer_schema(results, mutates_args=())

@@ -5,10 +5,10 @@ On Debian: apt-get install g++-12-aarch64-linux-gnu qemu-user-static
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -19,7 +19,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -47,21 +46,30 @@ def why_not() -> str | None:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
-def fields_of_functions() -> dict[str, list[str]]:
-    """The arguments of every function of the CPU part that takes some, from _C.pyi, which test_native.py checks."""
-    stub = ast.parse((Path(native.__file__).parents[2] / "_C.pyi").read_text())
-    structs = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+# The codes of Dtype in csrc/kernels.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-    def fields(struct: str) -> list[str]:
-        node = structs[struct]
-        inherited = [name for base in node.bases if base.id in structs for name in fields(base.id)]
-        return inherited + [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
 
+def arguments_of_functions() -> dict[str, dict[str, list[str] | None]]:
+    """For every kernel its arguments, with the extents of those that are tensors, from the docstrings of ``_C``."""
+    from modest_align_kernels import _C
+
+    found = {name: re.search(r"\(\*, (.*)\)", getattr(_C, name).__doc__ or "") for name in dir(_C)}
     return {
-        node.name: fields(node.args.kwarg.annotation.slice.id) + [argument.arg for argument in node.args.kwonlyargs]
-        for node in stub.body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("cpu_") and node.args.kwarg
+        name: {
+            argument: re.findall(r"\w+", layout) if layout else None
+            for argument, layout in re.findall(r"(\w+)(\[[\w, ]*\])?", listed[1].replace("[]", "[ ]"))
+        }
+        for name, listed in found.items()
+        if name.startswith("cpu_") and listed
     }
+
+
+def fields_of(arguments: dict[str, list[str] | None]) -> list[str]:
+    """Of the struct: the arguments, what bindings.cpp reads from tensors, and a workspace."""
+    extents = dict.fromkeys(extent for layout in arguments.values() for extent in layout or ())
+    strides = ["x_dtype", "row_stride", "feature_stride"] if "x" in arguments else ["workspace"]
+    return [*arguments, *extents, "operand_dtype", *strides, *(["dx_dtype"] if "dx" in arguments else [])]
 
 
 def build(out: Path, libraries: list[str]) -> Path:
@@ -74,8 +82,9 @@ def build(out: Path, libraries: list[str]) -> Path:
     objects = [o.with_name("dispatch.once.o") if o.name.startswith("dispatch.") else o for o in objects]
     subprocess.run([sys.executable, "-m", "ninja", "-C", out, *objects], check=True, capture_output=True)
     functions = (
-        f"FUNCTION({name.removeprefix('cpu_')}, {' '.join(f'FIELD({field})' for field in fields)})\n"
-        for name, fields in fields_of_functions().items()
+        f"FUNCTION({name.removeprefix('cpu_')}{suffix}, {' '.join(f'FIELD({field})' for field in fields)})\n"
+        for name, fields in ((name, fields_of(arguments)) for name, arguments in arguments_of_functions().items())
+        for suffix in (("", "_workspace") if "workspace" in fields else ("",))
     )
     (out / "functions.inc").write_text("".join(functions))
     driver = [HERE / "arm_driver.cpp", *objects, "-o", out / "driver", f"-I{setup.CSRC}", f"-I{out}", "-O1", "-Wall"]
@@ -91,8 +100,7 @@ class Arm:
         self.process = subprocess.Popen([EMULATOR, "-L", LIBRARIES, driver], **pipes)
         self.level, bfloat16 = self.process.stdout.readline().decode().split()
         self.bfloat16 = bool(int(bfloat16))
-        self.fields = fields_of_functions()
-        self.tensors: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()  # by the address they gave
+        self.arguments = arguments_of_functions()
 
     def cpu_bfloat16(self) -> bool:
         return self.bfloat16
@@ -103,20 +111,40 @@ class Arm:
     def threads(self) -> set[str]:
         return set(os.listdir(f"/proc/{self.process.pid}/task"))
 
-    def call(self, name: str, **given: int) -> int:
-        fields = self.fields[name]
-        assert sorted(given) == sorted(fields)
+    def call(self, name: str, **given: Any) -> None:
+        arguments = self.arguments[name]
+        assert sorted(given) == sorted(arguments)
+        fields = dict.fromkeys(fields_of(arguments), 0) | given
+        known: set[str] = set()
+        for argument, extents in arguments.items():
+            tensor = given[argument]
+            if tensor is not None and extents is not None:
+                new = {e: n for e, n in zip(extents, tensor.shape, strict=True) if e not in known}
+                known |= set(new)
+                fields |= new
+        for argument, field in (("x_hat", "operand_dtype"), ("x", "x_dtype"), ("dx", "dx_dtype")):
+            if given.get(argument) is not None:
+                fields[field] = DTYPES[given[argument].dtype]
+        if "x" in given:
+            fields["row_stride"], fields["feature_stride"] = given["x"].stride()
+        if name == "cpu_pair_losses" and "columns" not in known:
+            fields["columns"] = fields["rows"]
+        if "workspace" in fields:
+            fields["workspace"] = torch.empty(self.send(f"{name}_workspace", fields), dtype=torch.uint8)
+        self.send(name, fields)
+
+    def send(self, name: str, fields: dict[str, Any]) -> int:
         self.process.stdin.write(f"{name}\n".encode())
         sent = []
-        for field in fields:
-            tensor = self.tensors.get(given[field])
-            if tensor is None:
-                self.process.stdin.write(struct.pack("<qq", -1, given[field]))
+        for value in fields.values():
+            if not isinstance(value, torch.Tensor) or not value.numel():
+                number = int(value) if isinstance(value, (int, bool)) else 0
+                self.process.stdin.write(struct.pack("<qq", -1, number))
                 continue
-            assert tensor.is_contiguous()
-            content = ctypes.string_at(given[field], tensor.nbytes)
+            assert value.is_contiguous()
+            content = ctypes.string_at(value.data_ptr(), value.nbytes)
             self.process.stdin.write(struct.pack("<q", len(content)) + content)
-            sent.append((given[field], content))
+            sent.append((value.data_ptr(), content))
         self.process.stdin.flush()
         (result,) = struct.unpack("<q", self.receive(8))
         for address, before in sent:
@@ -146,16 +174,8 @@ def process(request: pytest.FixtureRequest) -> Iterator[Arm]:
 def arm(process: Arm, monkeypatch: pytest.MonkeyPatch) -> Arm:
     from modest_align_kernels.backends.native import cpu
 
-    address = torch.Tensor.data_ptr
-
-    def data_ptr(tensor: torch.Tensor) -> int:
-        if address(tensor):  # of an empty one it is null
-            process.tensors[address(tensor)] = tensor
-        return address(tensor)
-
     for module in (native, cpu):
         monkeypatch.setattr(module, "_C", process)
-    monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
     return process
 
 

@@ -302,28 +302,33 @@ def test_the_stub_names_what_the_module_has() -> None:
 
     for name in public & set(functions):
         if by_name := functions[name].args.kwarg:
-            documented = re.match(rf"{name}\(\*, (.*)\)", getattr(_C, name).__doc__)[1].split(", ")
+            listed = re.match(rf"{name}\(\*, (.*)\)", getattr(_C, name).__doc__)[1]
+            documented = re.sub(r"\[.*?\]", "", listed).split(", ")
             assert len(documented) == len(set(documented))
             by_itself = {argument.arg for argument in functions[name].args.kwonlyargs}
             assert set(documented) == fields(by_name.annotation.slice.id) | by_itself, name
 
 
 def test_a_wrong_argument_of_a_kernel_is_a_type_error() -> None:
-    names = re.search(r"\*, (.*)\)", _C.cpu_contrastive_stats_workspace.__doc__)[1].split(", ")
-    given = dict.fromkeys(names, 0) | dict.fromkeys(("rows", "columns", "col_count", "width"), 64)
-    given |= {"threads": 1, "exclude_diagonal": True}
-    assert _C.cpu_contrastive_stats_workspace(**given) > 0
+    x, x_hat, length = torch.ones(3, 64), torch.empty(3, 64), torch.empty(3)
+    given = {"x": x, "seed": None, "noise_std": None, "noise_stream": 0, "first_row": 0, "relative_noise": False}
+    given |= {"pair_hat": None, "x_hat": x_hat, "inv_norm": length, "pair_dot": torch.empty(0), "threads": 1}
+    _C.cpu_perturb_normalize(**given)
+    assert torch.equal(length, torch.full((3,), 0.125))
     wrong = {
-        "cpu_contrastive_stats_workspace: got no argument width": {k: v for k, v in given.items() if k != "width"},
-        "cpu_contrastive_stats_workspace: got the unknown argument features": {**given, "features": 3},
-        "cpu_contrastive_stats_workspace: rows: got str": {**given, "rows": "64"},
-        "cpu_contrastive_stats_workspace: rows: got float": {**given, "rows": 64.5},
+        "cpu_perturb_normalize: got no argument x_hat": {k: v for k, v in given.items() if k != "x_hat"},
+        "cpu_perturb_normalize: got the unknown argument features": {**given, "features": 3},
+        "cpu_perturb_normalize: threads: got str": {**given, "threads": "1"},
+        "cpu_perturb_normalize: threads: got float": {**given, "threads": 1.5},
+        "cpu_perturb_normalize: x_hat: got int": {**given, "x_hat": 64},
     }
     for message, arguments in wrong.items():
         with pytest.raises(TypeError, match=message):
-            _C.cpu_contrastive_stats_workspace(**arguments)
+            _C.cpu_perturb_normalize(**arguments)
+    with pytest.raises(ValueError, match="inv_norm: got a tensor on meta, want one on cpu"):
+        _C.cpu_perturb_normalize(**given | {"inv_norm": length.to("meta")})
     with pytest.raises(TypeError):
-        _C.cpu_contrastive_stats_workspace(64, 64, 64, 64, 0, 1)
+        _C.cpu_perturb_normalize(64, 64, 64, 64, 0, 1)
 
 
 @pytest.mark.slow

@@ -159,9 +159,10 @@ def test_several_waves(device, monkeypatch: pytest.MonkeyPatch, scale: float, co
     # So little memory that rows come 256 at a time, and gradients in blocks of 256 x 256.
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 2 * 256 * 256)
     x_hat, y_hat, scale = operands(600, 700, 128, scale)
-    names = re.search(r"\*, (.*)\)", cuda._C.cuda_contrastive_stats_workspace.__doc__)[1].split(", ")
-    extents = {"rows": 600, "columns": 700, "col_count": col_count, "workspace_bytes": 1, "exclude_diagonal": True}
-    size = cuda._C.cuda_contrastive_stats_workspace(**dict.fromkeys(names, 0) | extents)
+    given = {"x_hat": x_hat, "y_hat": y_hat, "scale": scale, "row_ids": None, "col_ids": None}
+    given |= {"exclude_diagonal": True, "exponentials": None, "device": 0, "cuda_stream": 0, "workspace_bytes": 1}
+    results = {"row_lse": torch.empty(600), "col_lse": torch.empty(col_count)}
+    size = cuda._C.cuda_contrastive_stats_workspace(**given, **results)
     assert size == 4 * (6 * 256 + 4 * col_count)
     ids = (torch.randint(100, (n,), dtype=torch.int32) for n in (600, 700))
     assert_like_eager(x_hat, y_hat, scale, *ids, col_count, "native")

@@ -178,3 +178,8 @@ class Softmaxes(NamedTuple):
     col_lse: Tensor
     row_weight: Tensor
     col_weight: Tensor
+
+
+# Where nothing is smoothed, for kernels that take everything by name.
+UNSMOOTHED_GRADIENT = SmoothedGradient(*(None,) * len(SmoothedGradient._fields))  # type: ignore[arg-type]
+UNSMOOTHED_LOSSES = SmoothedLosses(*(None,) * len(SmoothedLosses._fields))  # type: ignore[arg-type]
