@@ -260,7 +260,13 @@ def test_default_encoders_on_a_tar(tmp_path):
         Image.effect_noise((80, 80), 20 + 10 * number).convert("RGB").save(image, "WEBP")
         fields = {"captions": [f"noise {number}", "grey"], "group": f"g{number // 2}", "split": "train"}
         members |= {f"{number}.webp": image.getvalue(), f"{number}.json": fields}
-    latents = extract(write_tar(tmp_path / "pairs.tar", members), tmp_path / "latents", device="cpu", progress=False)
+    latents = extract(
+        write_tar(tmp_path / "pairs.tar", members),
+        tmp_path / "latents",
+        device="cpu",
+        group_column="group",
+        progress=False,
+    )
     assert latents.group.tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert (latents.image_encoder, latents.text_encoder) == ("efficientnet-lite0", "all-MiniLM-L6-v2")
     images = [open_image(record.location) for record in latents.records]
