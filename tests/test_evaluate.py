@@ -27,9 +27,11 @@ EYE = torch.eye(4)
 def ranks_of(similarity, query_group, candidate_group):
     """Ranks of a table of similarities: queries are its rows, candidates the unit vectors."""
     similarity = torch.tensor(similarity)
-    return best_ranks(
-        similarity, torch.eye(similarity.shape[1]), torch.tensor(query_group), torch.tensor(candidate_group)
-    ).tolist()
+    return best_ranks(similarity, torch.eye(similarity.shape[1]), of_one_group(query_group, candidate_group)).tolist()
+
+
+def of_one_group(query_group, candidate_group):
+    return lambda rows: torch.as_tensor(query_group)[rows][:, None] == torch.as_tensor(candidate_group)
 
 
 def test_one_caption_an_image():
@@ -64,10 +66,11 @@ def test_chunks_change_nothing(monkeypatch):
     # Whole numbers: the products are exact in every shape of matmul, so that even ties must agree.
     queries, candidates = queries.mul(2).round(), candidates.mul(2).round()
     query_group, candidate_group = torch.arange(101) % 20, torch.arange(67) % 20
-    whole = best_ranks(queries, candidates, query_group, candidate_group)
+    answers = of_one_group(query_group, candidate_group)
+    whole = best_ranks(queries, candidates, answers)
     calibrated = calibrate(queries[:67], candidates, 0.1)
     monkeypatch.setattr(module, "_SIMILARITIES", 200)
-    assert torch.equal(best_ranks(queries, candidates, query_group, candidate_group), whole)
+    assert torch.equal(best_ranks(queries, candidates, answers), whole)
     for chunked, at_once in zip(calibrate(queries[:67], candidates, 0.1), calibrated, strict=True):
         torch.testing.assert_close(chunked, at_once)
     similarity = queries @ candidates.T

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modest_align_train.adapters import load_aligner
+from modest_align_train.answers import Answers
 from modest_align_train.devices import choose_device
 from modest_align_train.files import write_file, write_json
 from modest_align_train.latents import Latents, load_latents
@@ -41,11 +42,11 @@ def evaluate(
     """Evaluate the best checkpoint of a run; write `evaluation.json` and `ranks.safetensors` into it.
 
     Recalls follow the protocol of COCO and Flickr30k: an image finds its best right caption, a caption its
-    best right image, where all of an equal group are right. Ties count against us: a wrong candidate that is
-    as similar as the best right one ranks before it.
+    best right image; `Answers` says what is right. Ties count against us: a wrong candidate that is as similar
+    as the best right one ranks before it.
 
-    Calibration takes one pair a group (its first image, that image's first caption), so that each query has
-    one right candidate, and the softmax over all of them at the run's own scale. ECE = sum_b n_b/n
+    Calibration takes at most one pair a group, so that each query has one right candidate
+    (`Answers.one_to_one`), and the softmax over all of them at the run's own scale. ECE = sum_b n_b/n
     |accuracy_b - confidence_b| over 15 bins of equal width of the highest probability (Guo et al., 2017).
 
     Intervals are the 2.5 and 97.5 percentiles of a bootstrap that draws groups with replacement; those of the
@@ -81,33 +82,32 @@ def evaluate(
         "groups": int(data.group.max()) + 1,
         "scale": scale,
         **_retrieval(ranks, bootstrap),
-        "calibration": _calibration(*_one_pair_a_group(images, texts, data), scale, bootstrap),
+        "calibration": _calibration(*_one_to_one(images, texts, data), scale, bootstrap),
     }
     write_file(run / "ranks.safetensors", save(ranks))
     write_json(run / "evaluation.json", result)
     return result
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, query_group: Tensor, candidate_group: Tensor) -> Tensor:
+def best_ranks(queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], Tensor]) -> Tensor:
     """Rank of the most similar right candidate of each query; 1 is the best.
 
-    Similarities are dot products; right is a candidate of the query's group. The rank is one more than the
-    number of wrong candidates that are at least as similar. NaN counts as the worst.
+    Similarities are dot products. The rank is one more than the number of wrong candidates that are at least as
+    similar. NaN counts as the worst.
 
     Args:
         queries: [n, D].
         candidates: [m, D].
-        query_group: int64 [n].
-        candidate_group: int64 [m].
+        answers: Tells the right candidates of some queries by their rows, int64 [k] -> bool [k, m].
 
     Returns:
         int64 [n].
     """
     ranks = []
     rows = max(1, _SIMILARITIES // len(candidates))
-    for chunk, group in zip(queries.split(rows), query_group.split(rows), strict=True):
+    for chunk, row in zip(queries.split(rows), torch.arange(len(queries)).split(rows), strict=True):
         similarity = chunk @ candidates.T
-        right = group[:, None] == candidate_group
+        right = answers(row.to(queries.device))
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Not >=, which would rank a NaN first.
         ranks.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
@@ -120,18 +120,17 @@ def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents) -> dict[str
     Args:
         images: Embeddings [images, D].
         texts: Embeddings [captions, D].
-        latents: What they were made from; gives the groups.
+        latents: What they were made from; gives the groups and what is right.
 
     Returns:
         `image_rank` and `image_group` [images], `text_rank` and `caption_group` [captions], all int64.
     """
-    image_group = latents.group.to(images.device)
-    caption_group = image_group[latents.caption_image.to(images.device)]
+    answers = Answers(latents.to(images.device))
     return {
-        "image_rank": best_ranks(images, texts, image_group, caption_group).cpu(),
-        "text_rank": best_ranks(texts, images, caption_group, image_group).cpu(),
-        "image_group": image_group.cpu(),
-        "caption_group": caption_group.cpu(),
+        "image_rank": best_ranks(images, texts, answers.captions).cpu(),
+        "text_rank": best_ranks(texts, images, answers.images).cpu(),
+        "image_group": latents.group.cpu(),
+        "caption_group": latents.group[latents.caption_image].cpu(),
     }
 
 
@@ -254,17 +253,9 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
     return {**result, "mean": dict(zip(RECALLS, found[2 * each :], strict=True))}
 
 
-def _one_pair_a_group(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
-    caption_image, group = latents.caption_image, latents.group
-    image = _first_of_each(group)
-    caption = _first_of_each(caption_image)[image]
+def _one_to_one(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
+    image, caption = Answers(latents).one_to_one(latents)
     return images[image.to(images.device)], texts[caption.to(texts.device)]
-
-
-def _first_of_each(label: Tensor) -> Tensor:
-    """Position of the first 0, the first 1, ... in int64 [n]; each label from 0 must occur."""
-    first = torch.full((int(label.max()) + 1,), len(label), device=label.device)
-    return first.scatter_reduce(0, label, torch.arange(len(label), device=label.device), "amin")
 
 
 def calibrate(queries: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
