@@ -212,7 +212,9 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
             difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
-            if key.endswith("_fingerprint"):
+            if key == "format_version":
+                difference = "another version of this program"
+            elif key.endswith("_fingerprint"):
                 difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
             raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
     return manifest
