@@ -227,6 +227,13 @@ def test_runs_on_other_pairs_share_no_page(root):
     assert "5 test images" in visible(page)
 
 
+def test_every_table_shows_that_it_scrolls(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    assert page.count("<table") == page.count('<div class="scroll" tabindex="0"><table') > 3
+    # A shadow that stays at the edge, under a cover that moves with the table.
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto;[^}]*background-attachment: local, scroll;", page)
+
+
 def test_sections_and_table_come_from_the_caller(root):
     axes = plot("Sweep <of> noise", "latent_noise_std", "R@1, %")
     axes.plot([0, 1], [1, 2], label="clean $x")
