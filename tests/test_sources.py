@@ -288,8 +288,15 @@ def test_equal_keys_in_different_shards_are_different_images(tmp_path):
     locations = [f"{tmp_path}/{end}" for end in ("x/t.tar::a.png", "y/t.tar::a.png", "x/c.png", "y/c.png")]
     assert [record.location for record in source.records] == locations
     assert [record.captions for record in source.records] == [("x",), ("y",), ("x",), ("y",)]
-    assert len({record.key for record in source.records}) == 4
-    assert len({record.group for record in source.records}) == 4
+    keys = [location.removeprefix(f"{tmp_path}/") for location in locations]
+    assert [record.key for record in source.records] == keys == [record.group for record in source.records]
+    write_csv(tmp_path / "t.csv", [{"image": "d.png", "caption": "d"}, {"image": "x/c.png", "caption": "again"}])
+    (tmp_path / "z").mkdir()
+    write_csv(tmp_path / "z/t.csv", [{"image": "y/c.png", "caption": "another"}])
+    tables = [tmp_path / name for name in ("x/t.csv", "y/t.csv", "z/t.csv", "t.csv")]
+    source = read_source(tables)
+    assert [record.key for record in source.records] == ["x/c.png", f"{tmp_path}/y/c.png", "y/c.png", "d.png"]
+    assert source.records[0].captions == ("x", "again")
 
 
 def test_a_column_named_group_is_used_only_when_asked_for(tmp_path):

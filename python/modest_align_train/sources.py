@@ -208,13 +208,18 @@ def read_source(
     undeclared = None
     declared = 0
     images_of_key = Counter(pair.key for pair in pairs.values())
+    shared_folder = os.path.commonpath([path.parent for path in files])
     for pair in pairs.values():
         captions = tuple(filter(None, (" ".join(caption.split()) for caption in pair.captions)))
         if len(captions) < len(pair.captions) or not captions:
             skipped.append(Skipped(pair.location, "an empty caption" if captions else "no caption"))
         if not captions:
             continue
-        key = pair.key if images_of_key[pair.key] == 1 else pair.location
+        key = pair.key
+        if images_of_key[key] > 1:
+            # Not the whole path, so that a default split stays the same where the data are moved.
+            key = os.path.relpath(pair.location, shared_folder)
+            key = pair.location if key in images_of_key else key
         if split is not None:
             name = split
         elif pair.split:
