@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from modest_align_train.adapters import load_aligner
+from modest_align_train.adapters import load_checkpoint
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
-from modest_align_train.latents import load_latents, open_image
-from modest_align_train.settings import run_settings
+from modest_align_train.latents import open_image
 from modest_align_train.sources import IMAGE_SUFFIXES
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
@@ -75,8 +74,8 @@ def search(
     image = None
     if query.lower().endswith(IMAGE_SUFFIXES):
         image = _open_query(query)
-    aligner = load_aligner(run)
-    store = load_latents(latents or run_settings(run).latents)
+    checkpoint = load_checkpoint(run)
+    aligner, store = checkpoint.aligner, checkpoint.load_latents(latents)
     if split is not None:
         store = store.subset(split)
     if image is not None:

@@ -6,13 +6,16 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modest_align_train.identity import image_file, settle
 from modest_align_train.latents import Record, read_member, tar_index
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
@@ -59,11 +62,13 @@ class Source:
         records: One per image, in the order of the source.
         skipped: What had to be left out already.
         split_rule: Where the splits come from, in words.
+        found: What else a person should know, a sentence each: equal images, what splits share, a column not used.
     """
 
     records: list[Record]
     skipped: list[Skipped]
     split_rule: str
+    found: list[str]
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class _Pair:
 
 
 def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """List the files that a source names, with their absolute paths.
+    """List the files that a source names, each once, with their absolute paths.
 
     Args:
         source: A file, a folder of tars, a glob (``"pairs-*.tar"``), or a list of these.
@@ -104,7 +109,9 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
             if not found:
                 raise FileNotFoundError(f"source {one} does not exist")
         files += [file.absolute() for file in found]
+    unique: dict[str, Path] = {}
     for path in files:
+        unique.setdefault(os.path.realpath(path), path)
         if path.suffix not in (".tar", ".json", *TABLE_SUFFIXES):
             raise ValueError(
                 f"source must be .tar, .json, {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}, "
@@ -112,7 +119,7 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
             )
     if not files:
         raise ValueError("source must name at least one file, got an empty list")
-    return files
+    return list(unique.values())
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -131,12 +138,6 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def hash_split(group: str) -> str:
-    """Split of a group that has none declared: 80% train, 10% validation, 10% test, always the same."""
-    bucket = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") % 10
-    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
-
-
 def read_source(
     source: str | Path | Sequence[str | Path],
     *,
@@ -144,21 +145,24 @@ def read_source(
     image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
     image_root: Path | str | None = None,
+    group_column: str | None = None,
 ) -> Source:
-    """Read what a source says about its images, without opening them.
+    """Read what a source says about its images, without decoding them.
+
+    An image is its file, or its archive and member, however its path is spelled.
 
     The kind is told by the extension:
 
     - ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.parquet``: a column with the image's path, one or more
-      with captions (a cell of JSONL or Parquet may be a list of them), and optionally columns ``split`` and
-      ``group``. Rows of the same path are captions of one image.
+      with captions (a cell of JSONL or Parquet may be a list of them), and optionally a column ``split``.
+      Rows of one image are captions of it.
     - ``.tar``: WebDataset; files of the same name up to the first dot are one sample: the image, and
-      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, ``"group"``, or ``.txt`` with a caption
-      a line.
+      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, or ``.txt`` with a caption a line.
     - ``.json``: ``{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}``, the
       Karpathy splits of COCO and Flickr; or a list of rows as in JSONL.
 
-    Without declared splits each group goes to train, validation or test (80/10/10) by a hash of its name.
+    Without declared splits images go to train, validation or test (80/10/10) by a hash of their names, those that
+    `settle` ties together to the same.
 
     Args:
         source: A file, a folder of tars, a glob, or a list of these.
@@ -166,6 +170,8 @@ def read_source(
         image_column: Column with the image's path; found by its name if None.
         caption_column: Column or columns with captions; found by their names if None.
         image_root: Folder that relative image paths start from; that of the source file if None.
+        group_column: Column, or field of a tar's ``.json``, whose equal values say that images show the same thing;
+            if None, only images of equal files are taken to do so.
 
     Raises:
         FileNotFoundError: The source is not there.
@@ -176,9 +182,10 @@ def read_source(
         split = _split_name(split, "the argument")
     skipped: list[Skipped] = []
     pairs: dict[str, _Pair] = {}
+    said: list[str] = []
     for path in files:
         if path.suffix == ".tar":
-            found: Iterable[_Pair] = _read_tar(path, skipped)
+            found: Iterable[_Pair] = _read_tar(path, skipped, group_column, said)
         else:
             root = Path(image_root) if image_root is not None else path.parent
             try:
@@ -188,13 +195,11 @@ def read_source(
             if isinstance(rows, dict):
                 found = _read_karpathy(path, rows, root)
             else:
-                found = _read_table(path, rows, root, image_column, caption_column)
+                found = _read_table(path, rows, root, image_column, caption_column, group_column, said)
         for pair in found:
-            known = pairs.setdefault(pair.key, pair)
+            known = pairs.setdefault(image_file(pair.location), pair)
             if known is pair:
                 continue
-            if known.location != pair.location or path.suffix == ".tar":
-                raise ValueError(f"{pair.origin} and {known.origin} are two images of the same key {pair.key!r}")
             if (known.split, known.group) != (pair.split, pair.group):
                 raise ValueError(f"{pair.origin} has another split or group than {known.origin} for the same image")
             known.captions.extend(pair.captions)
@@ -202,24 +207,32 @@ def read_source(
     records: list[Record] = []
     undeclared = None
     declared = 0
+    images_of_key = Counter(pair.key for pair in pairs.values())
+    shared_folder = os.path.commonpath([path.parent for path in files])
     for pair in pairs.values():
         captions = tuple(filter(None, (" ".join(caption.split()) for caption in pair.captions)))
         if len(captions) < len(pair.captions) or not captions:
             skipped.append(Skipped(pair.location, "an empty caption" if captions else "no caption"))
         if not captions:
             continue
-        group = pair.group or pair.key
+        key = pair.key
+        if images_of_key[key] > 1:
+            # Not the whole path, so that a default split stays the same where the data are moved.
+            key = os.path.relpath(pair.location, shared_folder)
+            key = pair.location if key in images_of_key else key
         if split is not None:
             name = split
         elif pair.split:
             name = _split_name(pair.split, pair.origin)
             declared += 1
         else:
-            name = hash_split(group)
+            name = ""
             undeclared = undeclared or pair
-        records.append(Record(pair.key, captions, name, group, pair.location))
+        records.append(Record(key, captions, name, pair.group or key, pair.location))
     if split is None and undeclared is not None and declared:
         raise ValueError(f"{undeclared.origin} has no split, but other images have: give all of them one, or none")
+    if group_column and not any(pair.group for pair in pairs.values()):
+        raise ValueError(f"group_column must name a column that has values, got {group_column!r}, which has none")
     if not records:
         example = f" ({skipped[0]})" if skipped else ""
         raise ValueError(f"source {source} holds no image with a caption{example}")
@@ -228,8 +241,9 @@ def read_source(
     elif declared:
         rule = "as declared by the source"
     else:
-        rule = "none declared by the source: 80/10/10 by a hash of each image's group"
-    return Source(records, skipped, rule)
+        rule = "none declared by the source: 80/10/10 by a hash of names, equal images and captions kept together"
+    records, sentences = settle(records)
+    return Source(records, skipped, rule, said + sentences)
 
 
 def _split_name(name: str, origin: str) -> str:
@@ -275,6 +289,8 @@ def _read_table(
     root: Path,
     image_column: str | None,
     caption_column: str | Sequence[str] | None,
+    group_column: str | None,
+    said: list[str],
 ) -> Iterator[_Pair]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold rows with named columns, got {'none' if not rows else 'other values'}")
@@ -287,7 +303,9 @@ def _read_table(
         names = [caption_column] if isinstance(caption_column, str) else caption_column
         captions = [_find_column(path, columns, (), "caption", name) for name in names]
     split = _find_column(path, columns, SPLIT_COLUMNS, None, None)
-    group = _find_column(path, columns, GROUP_COLUMNS, None, None)
+    group = _find_column(path, columns, (), "group", group_column) if group_column else ""
+    if not group:
+        _note_unused_group(said, columns, str(path))
     for number, row in enumerate(rows, 1):
         origin = f"{path} row {number}"
         if not isinstance(row.get(image), str) or not row[image]:
@@ -351,7 +369,14 @@ def _read_karpathy(path: Path, content: dict[str, Any], root: Path) -> Iterator[
             ) from None
 
 
-def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
+def _note_unused_group(said: list[str], columns: Iterable[str], origin: str) -> None:
+    """Say, once a source, that what looks like groups is not used."""
+    column = next((name for name in columns if name.lower() in GROUP_COLUMNS), None)
+    if column and not said:
+        said.append(f"the column {column!r} of {origin} is not used: --group-column {column} would take it for groups")
+
+
+def _read_tar(path: Path, skipped: list[Skipped], group_column: str | None, said: list[str]) -> Iterator[_Pair]:
     index = tar_index(path)
     if index.error is not None:
         skipped.append(Skipped(str(path), f"damaged after {len(index.members)} files ({index.error})"))
@@ -371,6 +396,8 @@ def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
             fields = _parse_json(read_member(path, members[".json"]), "its .json") if ".json" in members else {}
             if not isinstance(fields, dict):
                 raise ValueError(f"its .json must be an object, got {type(fields).__name__}")
+            if group_column is None:
+                _note_unused_group(said, fields, str(path))
             captions = fields.get("captions", fields.get("caption"))
             if captions is None and ".txt" in members:
                 captions = read_member(path, members[".txt"]).decode().splitlines()
@@ -378,7 +405,7 @@ def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
                 key=f"{path.stem}/{sample}",
                 captions=[] if captions is None else _strings(captions, origin),
                 split=_optional(fields, "split"),
-                group=_optional(fields, "group"),
+                group=_optional(fields, group_column) if group_column else None,
                 location=f"{path}::{image}",
                 origin=origin,
             )
