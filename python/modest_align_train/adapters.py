@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize
+from torch.distributed import ProcessGroup
+from torch.nn.functional import dropout, gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
@@ -20,20 +21,38 @@ from modest_align_train.settings import Settings, run_settings
 _CHUNK = 8192
 
 
+class Dropout(nn.Dropout):
+    """Dropout that can be of a share of a batch.
+
+    Attributes:
+        share: Rows of the whole batch, and those of them that come here: what is dropped is drawn for the whole, so
+            that it is the same however the rows are shared out.
+    """
+
+    share: tuple[int, slice] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, width] to [n, width]."""
+        if self.share is None or not self.training:
+            return super().forward(x)
+        rows, own = self.share
+        return x * dropout(x.new_ones(rows, x.shape[1]), self.p)[own]
+
+
 class Block(nn.Module):
     """Pre-norm residual block with an inverted bottleneck: x + W2 dropout(gelu(W1 layer_norm(x))).
 
     Args:
         width: Features in and out.
         expansion: Hidden features in multiples of `width`.
-        dropout: Share of the hidden features dropped in training.
+        drop: Share of the hidden features dropped in training.
     """
 
-    def __init__(self, width: int, expansion: int, dropout: float) -> None:
+    def __init__(self, width: int, expansion: int, drop: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, expansion * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(drop)
         self.contract = nn.Linear(expansion * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,9 +89,12 @@ class Aligner(nn.Module):
         image_dim: Features of the image latents.
         text_dim: Features of the text latents.
         settings: Gives the shape of the adapters and the loss.
+        process_group: Of the ranks whose rows the loss is of.
     """
 
-    def __init__(self, image_dim: int, text_dim: int, settings: Settings) -> None:
+    def __init__(
+        self, image_dim: int, text_dim: int, settings: Settings, process_group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         self.image_adapter = Adapter(image_dim, settings)
         self.text_adapter = Adapter(text_dim, settings)
@@ -82,7 +104,14 @@ class Aligner(nn.Module):
             logit_scale=settings.scale,
             learn_scale=settings.learn_scale,
             backend=settings.backend,
+            process_group=process_group,
         )
+
+    def take_share(self, rows: int, own: slice) -> None:
+        """Expect these rows of a batch of so many."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.share = rows, own
 
     def embed_images(self, latents: Tensor) -> Tensor:
         """Embed image latents as the encoder gave them, [n, image_dim] on any device.

@@ -38,6 +38,14 @@ def main(args: Sequence[str] | None = None) -> int:
     # keep each other from the cores, and a training step takes twice as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = list(sys.argv[1:] if args is None else args)
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and args[:1] not in (["train"], ["extract"])
+        and "TORCHELASTIC_RUN_ID" in os.environ
+    ):
+        return _end(
+            2, f"{' '.join(args[:1])}: got it under torchrun, which only train and extract know: start it alone"
+        )
     try:
         config = _config_file(args) if args[:1] == ["train"] else None
         tyro.extras.subcommand_cli_from_dict(
@@ -54,12 +62,17 @@ def main(args: Sequence[str] | None = None) -> int:
             args=args,
         )
     except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
-        print(f"modest-align: {error}", file=sys.stderr)
-        return 2
+        return _end(2, str(error))
     except KeyboardInterrupt as stop:
-        print(f"modest-align: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return _end(130, str(stop) or "interrupted")
     return 0
+
+
+def _end(status: int, sentence: str) -> int:
+    # What torchrun started says it once: all of them end with the same sentence.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"modest-align: {sentence}", file=sys.stderr)
+    return status
 
 
 def demo(output: _Output = Path("demo_run"), *, seeds: int = 1, quick: bool = False) -> None:
@@ -108,20 +121,23 @@ def extract(
         device: Where to encode: "auto", "cpu", "cuda".
     """
     from modest_align_train.extract import extract as run_extract
+    from modest_align_train.workers import workers_of_torchrun
 
-    run_extract(
-        source,
-        output,
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
-        split=split,
-        image_column=image_column,
-        caption_column=caption_column or None,
-        image_root=image_root,
-        group_column=group_column,
-        batch_size=batch_size,
-        device=device,
-    )
+    with workers_of_torchrun(device) as workers:
+        run_extract(
+            source,
+            output,
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+            split=split,
+            image_column=image_column,
+            caption_column=caption_column or None,
+            image_root=image_root,
+            group_column=group_column,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+        )
 
 
 def _train(values: dict[str, Any]) -> Callable[..., None]:
@@ -135,9 +151,12 @@ def _train(values: dict[str, Any]) -> Callable[..., None]:
             config: TOML file with settings; those on the command line go first.
         """
         from modest_align_train.train import train as run_train
+        from modest_align_train.workers import workers_of_torchrun
 
-        run = run_train(settings)
-        print(f"trained: {run}; next: modest-align evaluate {run}")
+        with workers_of_torchrun(settings.device) as workers:
+            run = run_train(settings, workers=workers)
+        if workers.writes:
+            print(f"trained: {run}; next: modest-align evaluate {run}")
 
     return train
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from modest_align_train.adapters import Checkpoint, load_checkpoint
+from modest_align_train.adapters import Aligner, Checkpoint, load_checkpoint
 from modest_align_train.answers import Answers
 from modest_align_train.devices import choose_device
 from modest_align_train.files import write_file, write_json
 from modest_align_train.latents import Latents, pairs_digest
+from modest_align_train.workers import ALONE, Workers
 
 RECALL_AT = (1, 5, 10)
 RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
@@ -77,7 +78,7 @@ def evaluate(
     checkpoint = load_checkpoint(run, choose_device(device))
     aligner = checkpoint.aligner
     data = checkpoint.load_latents(latents).subset(split)
-    images, texts = aligner.embed_images(data.image), aligner.embed_texts(data.text)
+    images, texts = embed(aligner, data)
     ranks = retrieval_ranks(images, texts, data)
     scale = float(aligner.scale)
     name, ranks_name = _file_names(split, data.fingerprint, checkpoint)
@@ -137,7 +138,17 @@ def _file_names(split: str, fingerprint: str, checkpoint: Checkpoint) -> tuple[s
     return "-".join(["evaluation", *parts]) + ".json", "-".join(["ranks", *parts]) + ".safetensors"
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], Tensor]) -> Tensor:
+def embed(aligner: Aligner, latents: Latents, workers: Workers = ALONE) -> tuple[Tensor, Tensor]:
+    """Embeddings of the images and of the captions, of which each worker makes its share."""
+    return (
+        workers.join(aligner.embed_images(latents.image[workers.share(len(latents.image))])),
+        workers.join(aligner.embed_texts(latents.text[workers.share(len(latents.text))])),
+    )
+
+
+def best_ranks(
+    queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], Tensor], workers: Workers = ALONE
+) -> Tensor:
     """Rank of the most similar right candidate of each query; 1 is the best.
 
     Similarities are dot products. The rank is one more than the number of wrong candidates that are at least as
@@ -147,36 +158,40 @@ def best_ranks(queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], 
         queries: [n, D].
         candidates: [m, D].
         answers: Tells the right candidates of some queries by their rows, int64 [k] -> bool [k, m].
+        workers: Each of them ranks its share of the queries.
 
     Returns:
         int64 [n].
     """
-    ranks = []
+    found = [torch.empty(0, dtype=torch.int64, device=queries.device)]
     rows = max(1, _SIMILARITIES // len(candidates))
-    for chunk, row in zip(queries.split(rows), torch.arange(len(queries)).split(rows), strict=True):
+    own = workers.share(len(queries))
+    for row in torch.arange(own.start, own.stop).split(rows):
+        chunk = queries[row]
         similarity = chunk @ candidates.T
         right = answers(row.to(queries.device))
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Not >=, which would rank a NaN first.
-        ranks.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
-    return torch.cat(ranks)
+        found.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
+    return workers.join(torch.cat(found))
 
 
-def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents) -> dict[str, Tensor]:
+def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents, workers: Workers = ALONE) -> dict[str, Tensor]:
     """Ranks both ways, on the CPU.
 
     Args:
         images: Embeddings [images, D].
         texts: Embeddings [captions, D].
         latents: What they were made from; gives the groups and what is right.
+        workers: Each of them ranks its share.
 
     Returns:
         `image_rank` and `image_group` [images], `text_rank` and `caption_group` [captions], all int64.
     """
     answers = Answers(latents.to(images.device))
     return {
-        "image_rank": best_ranks(images, texts, answers.captions).cpu(),
-        "text_rank": best_ranks(texts, images, answers.images).cpu(),
+        "image_rank": best_ranks(images, texts, answers.captions, workers).cpu(),
+        "text_rank": best_ranks(texts, images, answers.images, workers).cpu(),
         "image_group": latents.group.cpu(),
         "caption_group": latents.group[latents.caption_image].cpu(),
     }

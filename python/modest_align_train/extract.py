@@ -42,7 +42,8 @@ from modest_align_train.latents import (
     write_manifest,
     write_shard,
 )
-from modest_align_train.sources import Skipped, find_files, fingerprint, read_source
+from modest_align_train.sources import Skipped, Source, find_files, fingerprint, read_source
+from modest_align_train.workers import ALONE, Workers
 
 _PRINTED_SKIPS = 10
 
@@ -65,6 +66,7 @@ def extract(
     shard_size: int = 2048,
     device: str = "auto",
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Latents:
     """Encode images and their captions with frozen encoders and store the latents.
 
@@ -89,6 +91,7 @@ def extract(
         shard_size: Images a shard: what an interruption can lose.
         device: auto, cpu, cuda, ...
         progress: Show a progress bar and say what was left out.
+        workers: Those that share the shards out; each calls this, on one file system.
 
     Returns:
         The latents, on the CPU.
@@ -121,31 +124,40 @@ def extract(
         "image_root": None if image_root is None else str(Path(image_root).absolute()),
         "group_column": group_column,
     }
+    progress = progress and workers.writes
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
-    if _stored(output / MANIFEST, origin) is not None:
-        say(f"{output} holds the latents of this source and these encoders already")
-        return load_latents(output)
-    partial = _stored(output / PARTIAL_MANIFEST, origin)
 
-    contents = read_source(
-        files,
-        split=split,
-        image_column=image_column,
-        caption_column=caption_column,
-        image_root=image_root,
-        group_column=group_column,
-    )
-    say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
-    for sentence in contents.found:
-        say(sentence)
-    encode_images = load_image_encoder(image_encoder, device)
-    encode_texts = load_text_encoder(text_encoder, device)
-    output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink()
-    shards = _whole_shards(output, partial["shards"] if partial else [])
-    done = sum(shard["records"] for shard in shards)
-    if partial:
+    def prepare() -> tuple[Source, ImageEncoder, TextEncoder, list[dict[str, Any]]] | None:
+        if _stored(output / MANIFEST, origin) is not None:
+            say(f"{output} holds the latents of this source and these encoders already")
+            return None
+        partial = _stored(output / PARTIAL_MANIFEST, origin)
+        contents = read_source(
+            files,
+            split=split,
+            image_column=image_column,
+            caption_column=caption_column,
+            image_root=image_root,
+            group_column=group_column,
+        )
+        say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
+        for sentence in contents.found:
+            say(sentence)
+        encode_images = load_image_encoder(image_encoder, workers.device or device)
+        encode_texts = load_text_encoder(text_encoder, workers.device or device)
+        output.mkdir(parents=True, exist_ok=True)
+        return contents, encode_images, encode_texts, _whole_shards(output, partial["shards"] if partial else [])
+
+    prepared = workers.together(prepare)
+    if prepared is None:
+        return load_latents(output)
+    contents, encode_images, encode_texts, shards = prepared
+    if workers.writes:
+        for leftover in output.glob(".*.tmp"):
+            leftover.unlink()
+    workers.everyone(None)  # nobody's temporary file before that
+    first, done = len(shards), sum(shard["records"] for shard in shards)
+    if shards:
         say(f"going on after an interruption: {done:,} images are there, in {len(shards)} whole shards")
 
     report = _SkipReport(say)
@@ -154,49 +166,59 @@ def extract(
     started = perf_counter()
     total = sum(1 + len(record.captions) for record in todo)
     with tqdm(total=total, unit=" items", disable=not progress, smoothing=0.05) as bar:
-        for records in in_batches(todo, shard_size):
-            bar.set_description("images")
-            image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
-            report.add(unread)
-            bar.set_description("captions")
-            captions = [caption for record in kept for caption in record.captions]
-            text = _encode_captions(captions, encode_texts, bar.update)
-            counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
-            caption_image = torch.arange(len(kept)).repeat_interleave(counts)
-            entry = write_shard(output, len(shards), image, text, caption_image, kept)
-            shards.append({**entry, "records": len(records), "skipped": [asdict(one) for one in unread]})
-            write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
-            total -= sum(len(record.captions) for record in records) - len(text)
+        for shared_out in in_batches(list(in_batches(todo, shard_size)), workers.size):
+            # Each worker has one of these shards, if there are as many; all are noted when all are written.
+            entry = None
+            if workers.rank < len(shared_out):
+                records = shared_out[workers.rank]
+                bar.set_description("images")
+                image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
+                bar.set_description("captions")
+                captions = [caption for record in kept for caption in record.captions]
+                text = _encode_captions(captions, encode_texts, bar.update)
+                counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
+                caption_image = torch.arange(len(kept)).repeat_interleave(counts)
+                written = write_shard(output, len(shards) + workers.rank, image, text, caption_image, kept)
+                entry = {**written, "records": len(records), "skipped": [asdict(one) for one in unread]}
+            for records, written in zip(shared_out, workers.everyone(entry), strict=False):
+                shards.append(written)
+                report.add([Skipped(**one) for one in written["skipped"]])
+                total -= sum(len(record.captions) for record in records) - written["captions"]
+            if workers.writes:
+                write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
             bar.total = total
+            bar.update(sum(shard["records"] + shard["captions"] for shard in shards[first:]) - bar.n)
     report.close()
 
     unread_fields = [one for shard in shards for one in shard["skipped"]]
     if len(unread_fields) == len(contents.records):
-        (output / PARTIAL_MANIFEST).unlink()
+        (output / PARTIAL_MANIFEST).unlink(missing_ok=True)
         first = unread_fields[0]
         raise ValueError(
             f"source has {len(contents.records):,} images, none of which could be read, the first being "
             f"{first['location']}: {first['reason']} (relative paths start from image_root)"
         )
-    unreadable = {one["location"] for one in unread_fields}
-    splits = split_counts([record for record in contents.records if record.location not in unreadable])
-    manifest = write_manifest(
-        output,
-        shards,
-        image_dim=encode_images.dim,
-        text_dim=encode_texts.dim,
-        splits=splits,
-        split_rule=contents.split_rule,
-        found=contents.found,
-        skipped=[asdict(one) for one in contents.skipped] + unread_fields,
-        **origin,
-    )
-    (output / PARTIAL_MANIFEST).unlink()
-    counts_said = ", ".join(f"{name} {count:,}" for name, count in splits.items())
-    say(
-        f"{manifest['images']:,} images ({counts_said}) and {manifest['captions']:,} captions in {output}, "
-        f"{perf_counter() - started:.0f} s"
-    )
+    if workers.writes:
+        unreadable = {one["location"] for one in unread_fields}
+        splits = split_counts([record for record in contents.records if record.location not in unreadable])
+        manifest = write_manifest(
+            output,
+            shards,
+            image_dim=encode_images.dim,
+            text_dim=encode_texts.dim,
+            splits=splits,
+            split_rule=contents.split_rule,
+            found=contents.found,
+            skipped=[asdict(one) for one in contents.skipped] + unread_fields,
+            **origin,
+        )
+        (output / PARTIAL_MANIFEST).unlink()
+        counts_said = ", ".join(f"{name} {count:,}" for name, count in splits.items())
+        say(
+            f"{manifest['images']:,} images ({counts_said}) and {manifest['captions']:,} captions in {output}, "
+            f"{perf_counter() - started:.0f} s"
+        )
+    workers.everyone(None)  # the manifest is there
     return load_latents(output)
 
 

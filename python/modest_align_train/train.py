@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,24 +23,30 @@ from tqdm import tqdm
 
 from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.devices import choose_device
-from modest_align_train.evaluate import recalls, retrieval_ranks, validation_score
+from modest_align_train.evaluate import embed, recalls, retrieval_ranks, validation_score
 from modest_align_train.files import atomic_path, write_file
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.settings import Settings, run_settings
+from modest_align_train.workers import ALONE, Workers
 
 __all__ = ["Aligner", "load_aligner", "train"]
 
 
-def train(settings: Settings, *, progress: bool = True) -> Path:
+def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE) -> Path:
     """Train, or go on with the interrupted run in `settings.output`.
 
     Exact: on the CPU a run that was killed and started again gives the same losses, bit for bit, as one
     that was not. Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt with a
     sentence on how to go on.
 
+    Several workers train what one process would: each draws the whole batch, its noise and its dropout, takes its
+    share of the rows through the adapters, and the loss is that of all rows. So the losses are the same but for
+    rounding, and a checkpoint goes on with any number of them.
+
     Args:
         settings: All of it.
         progress: Print the settings, and show a progress bar.
+        workers: Those that train together; each calls this, and the first one writes.
 
     Returns:
         The run directory, with `settings.toml`, `log.jsonl`, `tensorboard/`, `last.pt` (to resume from) and
@@ -54,27 +60,31 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
     """
     settings = settings.checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
-    device = choose_device(settings.device)
-    checkpoint = _load_checkpoint(settings, device)
+    device = choose_device(workers.device or settings.device)
+    progress = progress and workers.writes
+    checkpoint = workers.together(lambda: _load_checkpoint(settings, device))
+    workers.agree("the checkpoint", checkpoint and checkpoint["step"])
     if checkpoint and checkpoint["step"] == settings.steps:
         if progress:
             print(f"{settings.output} is finished: all its {settings.steps} steps are done")
         return settings.output
-    latents = load_latents(settings.latents)
+    latents = workers.together(lambda: load_latents(settings.latents))
+    workers.agree("the latents or a setting", (latents.fingerprint, replace(settings, device="")))
     settings.output.mkdir(parents=True, exist_ok=True)
-    if not checkpoint:
+    if not checkpoint and workers.writes:
         write_file(settings.output / "settings.toml", settings.to_toml())
     if progress:
         print(settings.to_toml())
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        run = Run(settings, latents, device)
+        run = workers.together(lambda: Run(settings, latents, device, workers))
         if checkpoint:
             run.load_state_dict(checkpoint)
+        log, tensorboard = settings.output / "log.jsonl", settings.output / "tensorboard"
         with (
-            _open_log(settings.output / "log.jsonl", run.log_bytes) as run.log_file,
-            SummaryWriter(settings.output / "tensorboard", purge_step=run.step + 1) as run.board,
+            _open_log(log, run.log_bytes) if workers.writes else nullcontext() as run.log_file,
+            SummaryWriter(tensorboard, purge_step=run.step + 1) if workers.writes else nullcontext() as run.board,
             tqdm(total=settings.steps, initial=run.step, desc=settings.output.name, disable=not progress) as bar,
             _ctrl_c() as interrupted,
         ):
@@ -83,9 +93,12 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
                 run.step += 1
                 for group in run.optimizer.param_groups:
                     group["lr"] = learning_rate(run.step, settings)
-                run.losses.append(training_step(run.aligner, run.optimizer, *run.batches.draw(), settings))
+                loss, asked = training_step(
+                    run.aligner, run.optimizer, *run.batches.draw(), settings, workers, interrupted.is_set
+                )
+                run.losses.append(loss)
                 last = run.step == settings.steps
-                stop = last or interrupted.is_set()
+                stop = last or asked
 
                 if last or run.step % settings.log_every == 0:
                     run.log()
@@ -109,6 +122,7 @@ class Run:
         settings: With absolute directories.
         latents: Of all splits.
         device: Where to train.
+        workers: Those that train together.
 
     Attributes:
         step: Steps done.
@@ -117,10 +131,10 @@ class Run:
         shown: What a progress bar may show.
     """
 
-    def __init__(self, settings: Settings, latents: Latents, device: torch.device) -> None:
-        self.settings, self.directory, self.device = settings, settings.output, device
+    def __init__(self, settings: Settings, latents: Latents, device: torch.device, workers: Workers = ALONE) -> None:
+        self.settings, self.directory, self.device, self.workers = settings, settings.output, device, workers
         self.fingerprint = latents.fingerprint
-        self.batches = Batches(latents.subset("train"), settings, device)
+        self.batches = Batches(latents.subset("train"), settings, device, workers)
         self.validation: Latents | None = None
         if any(record.split == "validation" for record in latents.records):
             self.validation = latents.subset("validation").to(device)
@@ -128,7 +142,8 @@ class Run:
             warnings.warn(
                 f"{settings.latents} has no validation split: the last checkpoint is taken for the best", stacklevel=3
             )
-        self.aligner = Aligner(latents.image.shape[1], latents.text.shape[1], settings).to(device).train()
+        dims = latents.image.shape[1], latents.text.shape[1]
+        self.aligner = Aligner(*dims, settings, workers.group).to(device).train()
         self.parameters = [p for p in self.aligner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -143,8 +158,8 @@ class Run:
         self.shown: dict[str, str] = {}
         self.start = time.perf_counter()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on from here."""
+    def state_dict(self, losses: list[float]) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here; `losses` are those since the log's last line."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -153,7 +168,7 @@ class Run:
             "latents": self.fingerprint,
             "best": self.best,
             "seconds": time.perf_counter() - self.start,
-            "losses": torch.tensor(self._finite_losses()),
+            "losses": torch.tensor(losses),
             "log_bytes": self.log_file.tell(),
             "model": self.aligner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -183,19 +198,18 @@ class Run:
         }
         self.losses.clear()
         self._write_line(line)
-        for name in ("loss", "learning_rate", "scale"):
-            self.board.add_scalar(name, line[name], self.step)
+        self._plot({name: line[name] for name in ("loss", "learning_rate", "scale")})
         self.shown["loss"] = f"{line['loss']:.3f}"
 
     def validate(self) -> None:
         """Write recalls on the validation split, and `best.pt` if their mean is the highest so far."""
-        images = self.aligner.embed_images(self.validation.image)
-        texts = self.aligner.embed_texts(self.validation.text)
-        found = recalls(retrieval_ranks(images, texts, self.validation))
+        found = recalls(
+            retrieval_ranks(*embed(self.aligner, self.validation, self.workers), self.validation, self.workers)
+        )
         self._write_line({"validation": found})
-        for direction, values in found.items():
-            for name, value in values.items():
-                self.board.add_scalar(f"validation/{direction}/{name}", value, self.step)
+        self._plot(
+            {f"validation/{way}/{name}": value for way, values in found.items() for name, value in values.items()}
+        )
         self.shown["R@1"] = f"{found['mean']['R@1']:.1f}"
         if validation_score(found) > self.best:
             self.best = validation_score(found)
@@ -203,15 +217,20 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write `last.pt`, unless a loss or a weight is not finite."""
-        state = self.state_dict()
         if not all(p.isfinite().all() for p in self.parameters):
             raise FloatingPointError(self._not_finite("a weight", self.step))
+        losses = self._finite_losses()
+        if not self.workers.writes:
+            return
+        state = self.state_dict(losses)
         os.fsync(self.log_file.fileno())
         if self.step == self.settings.steps and not self.validation:
             self._save_best()
         _save(state, self.directory / "last.pt")
 
     def _save_best(self) -> None:
+        if not self.workers.writes:
+            return
         state = {
             "step": self.step,
             "latents": self.fingerprint,
@@ -221,7 +240,14 @@ class Run:
         }
         _save(state, self.directory / "best.pt")
 
+    def _plot(self, values: dict[str, float]) -> None:
+        if self.workers.writes:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.step)
+
     def _write_line(self, content: dict[str, Any]) -> None:
+        if not self.workers.writes:
+            return
         self.log_file.write(json.dumps({"step": self.step, **content}) + "\n")
         self.log_file.flush()
 
@@ -249,11 +275,13 @@ class Batches:
         latents: Of the training split.
         settings: Gives `batch_size`, `shuffled_captions` and `seed`.
         device: Where batches are wanted.
+        workers: Those that draw the same batches.
     """
 
-    def __init__(self, latents: Latents, settings: Settings, device: torch.device) -> None:
+    def __init__(self, latents: Latents, settings: Settings, device: torch.device, workers: Workers = ALONE) -> None:
         size = latents.image.nbytes + latents.text.nbytes
-        fits = device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2
+        # A GPU's generator draws others than the CPU's: where batches are drawn is the same for all.
+        fits = all(workers.everyone(device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2))
         self.device = device
         self.home = device if fits else torch.device("cpu")
         self.generator = torch.Generator(self.home).manual_seed(settings.seed)
@@ -336,22 +364,34 @@ def training_step(
     text: Tensor,
     group: Tensor | None,
     settings: Settings,
-) -> Tensor:
-    """One optimiser step on a batch of unit-norm latents; its loss, detached."""
+    workers: Workers = ALONE,
+    asked_to_stop: Callable[[], bool] = bool,
+) -> tuple[Tensor, bool]:
+    """One optimiser step on a batch of unit-norm latents, the same on every worker.
+
+    Returns:
+        Its loss, detached, and whether any worker was asked to stop.
+    """
+    # For the whole batch, of which this worker then takes its share.
     if settings.fusemix_alpha:
         image, text = fuse(image, text, settings.fusemix_alpha)
     if settings.latent_noise_std:
         image = image + settings.latent_noise_std * torch.randn_like(image)
         text = text + settings.latent_noise_std * torch.randn_like(text)
+    own = workers.share(len(image))
+    if workers.group is not None:
+        aligner.take_share(len(image), own)
+    image, text, group = image[own], text[own], None if group is None else group[own]
     with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type == "cuda"):
         loss = aligner.loss(aligner.image_adapter(image), aligner.text_adapter(text), group_ids=group)
     loss.backward()
+    stop = workers.average_gradients(aligner.parameters(), asked_to_stop())
     optimizer.step()
     optimizer.zero_grad()
     if settings.learn_scale:
         with torch.no_grad():
             aligner.loss.log_scale.clamp_(max=math.log(settings.max_scale))
-    return loss.detach()
+    return loss.detach(), stop
 
 
 def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any] | None:

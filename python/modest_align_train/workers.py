@@ -1,0 +1,131 @@
+"""The processes that torchrun starts: what each of them does, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modest_align_train.devices import choose_device
+
+# A worker waits so long for the others: a shard of images on a slow CPU takes minutes.
+TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that work together; by default it is alone, and nothing below does anything.
+
+    Attributes:
+        rank: Its number.
+        size: How many there are.
+        device: Where this one computes; empty: wherever it was told to.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = ""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """What they talk through. Not kept here: one that is alive when Python ends aborts the process."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """This process's part of so many rows."""
+        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+
+    def everyone(self, own: T) -> list[T]:
+        """What every process has, in the order of their numbers."""
+        if self.group is None:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns, once every process has it; what it raises anywhere is raised everywhere."""
+        try:
+            result, error = function(), None
+        except Exception as raised:
+            if self.group is None:
+                raise
+            error = raised
+        found = next((one for one in self.everyone(error) if one is not None), None)
+        if found is not None:
+            raise found
+        return result
+
+    def agree(self, what: str, own: object) -> None:
+        """Raise everywhere unless all processes have the same."""
+        found = self.everyone(own)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(
+                    f"{what} of process {rank} is not that of process 0: all of them want the same files and arguments"
+                )
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, [their sum, ...], in the order of their numbers, on this one's device."""
+        return rows if self.group is None else torch.cat([r.to(rows.device) for r in self.everyone(rows.cpu())])
+
+    def average_gradients(self, parameters: Iterable[Tensor], asked_to_stop: bool) -> bool:
+        """Make each gradient its mean over the processes, as DistributedDataParallel does.
+
+        Returns:
+            Whether any process was asked to stop.
+        """
+        if self.group is None:
+            return asked_to_stop
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        stop = gradients[0].new_full((1,), float(asked_to_stop))
+        flat = torch.cat([gradient.flatten() for gradient in gradients] + [stop])
+        dist.all_reduce(flat, group=self.group)
+        *means, stop = (flat / self.size).split([gradient.numel() for gradient in gradients] + [1])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        return bool(stop > 0)
+
+
+ALONE = Workers()
+
+
+@contextmanager
+def workers_of_torchrun(device: str) -> Iterator[Workers]:
+    """The workers that torchrun started, or this process alone.
+
+    Args:
+        device: As the settings have it; "auto" and "cuda" become this process's own GPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    chosen = choose_device(device)
+    if chosen.index is not None:
+        raise ValueError(f"device: got {device}, want {chosen.type}: under torchrun each process takes its own")
+    if chosen.type == "cuda":
+        chosen = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(chosen)
+    # Objects and what the host asks for travel by gloo, where there is NCCL too.
+    dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size(), str(chosen))
+    finally:
+        dist.destroy_process_group()
