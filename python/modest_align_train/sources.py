@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modest_align_train.latents import Record, read_member, tar_index
+from modest_align_train.skips import Skipped
+from modest_align_train.tables import TABLE_SUFFIXES, Row, is_missing, list_as_text, parse_json, read_table
 
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
-CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences", "description", "title")
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "image_name", "path", "img")
+CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "texts", "sentence", "sentences", "description", "title"),
+    *("comment", "raw"),  # Flickr30k's two tables
+)
 SPLIT_COLUMNS = ("split", "subset", "partition")
 GROUP_COLUMNS = ("group", "group_id", "concept")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -33,22 +34,6 @@ _SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something of the source that was left out.
-
-    Attributes:
-        location: Which image, caption or file.
-        reason: Why, in a few words.
-    """
-
-    location: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.location}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +90,9 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise FileNotFoundError(f"source {one} does not exist")
         files += [file.absolute() for file in found]
     for path in files:
-        if path.suffix not in (".tar", ".json", *TABLE_SUFFIXES):
+        if path.suffix.lower() not in (".tar", *TABLE_SUFFIXES):
             raise ValueError(
-                f"source must be .tar, .json, {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}, "
+                f"source must be .tar, {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}, "
                 f"got {path} (a compressed tar must be unpacked to .tar first)"
             )
     if not files:
@@ -181,14 +166,11 @@ def read_source(
             found: Iterable[_Pair] = _read_tar(path, skipped)
         else:
             root = Path(image_root) if image_root is not None else path.parent
-            try:
-                rows = _read_rows(path)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} must be UTF-8, got byte {error.object[error.start]:#x}") from None
+            rows = read_table(path, skipped)
             if isinstance(rows, dict):
                 found = _read_karpathy(path, rows, root)
             else:
-                found = _read_table(path, rows, root, image_column, caption_column)
+                found = _read_table(path, rows, root, image_column, caption_column, skipped)
         for pair in found:
             known = pairs.setdefault(pair.key, pair)
             if known is pair:
@@ -221,8 +203,7 @@ def read_source(
     if split is None and undeclared is not None and declared:
         raise ValueError(f"{undeclared.origin} has no split, but other images have: give all of them one, or none")
     if not records:
-        example = f" ({skipped[0]})" if skipped else ""
-        raise ValueError(f"source {source} holds no image with a caption{example}")
+        raise ValueError(f"source {source} holds no image with a caption{_example(skipped)}")
     if split is not None:
         rule = f"all in {split}, as asked"
     elif declared:
@@ -239,46 +220,17 @@ def _split_name(name: str, origin: str) -> str:
         raise ValueError(f"split must be train, validation or test, got {name!r} ({origin})") from None
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]] | dict[str, Any]:
-    """Read a table as a list of rows; of a JSON file, whatever is at its top."""
-    suffix = path.suffix
-    if suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ImportError(f"{path} needs pyarrow: pip install 'modest-align-kernels[parquet]'") from None
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if suffix in (".csv", ".tsv"):
-        csv.field_size_limit(sys.maxsize)
-        # A byte order mark, as spreadsheets write it, would become part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
-    if suffix == ".json":
-        content = _parse_json(path.read_bytes(), str(path))
-        if not isinstance(content, (dict, list)):
-            raise ValueError(f'{path} must be a list of rows or {{"images": [...]}}, got {type(content).__name__}')
-        return content
-    with path.open(encoding="utf-8") as file:
-        return [_parse_json(line, f"{path} line {number}") for number, line in enumerate(file, 1) if line.strip()]
-
-
-def _parse_json(text: str | bytes, origin: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{origin} is not JSON ({error})") from None
-
-
 def _read_table(
     path: Path,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     root: Path,
     image_column: str | None,
     caption_column: str | Sequence[str] | None,
+    skipped: list[Skipped],
 ) -> Iterator[_Pair]:
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold rows with named columns, got {'none' if not rows else 'other values'}")
-    columns = list(dict.fromkeys(column for row in rows for column in row if column is not None))
+    if not rows:
+        raise ValueError(f"{path} must hold rows with named columns, got none{_example(skipped)}")
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
     image = _find_column(path, columns, IMAGE_COLUMNS, "image", image_column)
     if caption_column is None:
         numbered = [name for name in columns if re.fullmatch(r"(caption|text|sentence)s?[ _-]?\d+", name.lower())]
@@ -288,16 +240,23 @@ def _read_table(
         captions = [_find_column(path, columns, (), "caption", name) for name in names]
     split = _find_column(path, columns, SPLIT_COLUMNS, None, None)
     group = _find_column(path, columns, GROUP_COLUMNS, None, None)
-    for number, row in enumerate(rows, 1):
-        origin = f"{path} row {number}"
-        if not isinstance(row.get(image), str) or not row[image]:
-            raise ValueError(f"{origin}: column {image!r} must be the path of an image, got {row.get(image)!r}")
+    for origin, row in rows:
+        name = row.get(image)
+        if is_missing(name) or not isinstance(name, str):
+            skipped.append(Skipped(origin, "no path of an image", f"{image} is {type(name).__name__}"))
+            continue
+        try:
+            texts = [caption for column in captions for caption in _strings(row.get(column))]
+        except ValueError as error:
+            skipped.append(Skipped(origin, "no caption", str(error)))
+            continue
+        name = name.strip()
         yield _Pair(
-            key=row[image],
-            captions=[caption for column in captions for caption in _strings(row.get(column), origin)],
+            key=Path(name).name if ".parquet::" in name else name,
+            captions=texts,
             split=_optional(row, split),
             group=_optional(row, group),
-            location=str((root / row[image]).absolute()),
+            location=str((root / name).absolute()),
             origin=origin,
         )
 
@@ -322,18 +281,22 @@ def _find_column(path: Path, columns: list[str], known: tuple[str, ...], wanted:
 
 def _optional(row: dict[str, Any], column: str) -> str | None:
     value = row.get(column)
-    return None if value is None or str(value) == "" else str(value)
+    return None if is_missing(value) else str(value)
 
 
-def _strings(value: Any, origin: str) -> list[str]:
-    """Caption or captions of one cell or JSON field."""
-    if value is None:
+def _strings(value: Any) -> list[str]:
+    """Caption or captions of one cell or JSON field; what is missing is empty."""
+    if is_missing(value):
         return []
     if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return value
-    raise ValueError(f"{origin}: a caption must be a string or a list of strings, got {value!r}")
+        return list_as_text(value)
+    if isinstance(value, list) and all(is_missing(one) or isinstance(one, str) for one in value):
+        return ["" if is_missing(one) else one for one in value]
+    raise ValueError(f"a caption must be a string or a list of strings, got {type(value).__name__}")
+
+
+def _example(skipped: list[Skipped]) -> str:
+    return f" ({skipped[0]})" if skipped else ""
 
 
 def _read_karpathy(path: Path, content: dict[str, Any], root: Path) -> Iterator[_Pair]:
@@ -368,7 +331,7 @@ def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
             skipped.append(Skipped(origin, "no image"))
             continue
         try:
-            fields = _parse_json(read_member(path, members[".json"]), "its .json") if ".json" in members else {}
+            fields = parse_json(read_member(path, members[".json"]), "its .json") if ".json" in members else {}
             if not isinstance(fields, dict):
                 raise ValueError(f"its .json must be an object, got {type(fields).__name__}")
             captions = fields.get("captions", fields.get("caption"))
@@ -376,7 +339,7 @@ def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
                 captions = read_member(path, members[".txt"]).decode().splitlines()
             yield _Pair(
                 key=f"{path.stem}/{sample}",
-                captions=[] if captions is None else _strings(captions, origin),
+                captions=[] if captions is None else _strings(captions),
                 split=_optional(fields, "split"),
                 group=_optional(fields, "group"),
                 location=f"{path}::{image}",
