@@ -217,11 +217,15 @@ def test_unreadable_images_are_reported_and_left_out(tmp_path, counters, capsys)
     (tmp_path / "17.png").unlink()
     latents = extract(table, tmp_path / "latents", shard_size=5)
     check(latents, [0, 1, 16])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
-    assert len(lines) == 11
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("skipped")]
+    assert len(lines) == 8
     assert lines[0] == f"skipped {tmp_path}/2.png: not an image"
-    assert lines[-1] == "skipped 5 more; manifest.json lists all"
-    skipped = json.loads((tmp_path / "latents" / MANIFEST).read_text())["skipped"]
+    table = ["skipped, all listed in manifest.json:", " 7  not an image", " 7  damaged image", " 1  no such file"]
+    assert "\n".join(table) in out
+    manifest = json.loads((tmp_path / "latents" / MANIFEST).read_text())
+    assert manifest["skipped_by_reason"] == {"not an image": 7, "damaged image": 7, "no such file": 1}
+    skipped = manifest["skipped"]
     assert [one["location"] for one in skipped] == [f"{tmp_path}/{number}.png" for number in (*damaged, 17)]
     assert skipped[-1]["reason"] == "no such file"
     assert all(one["reason"] for one in skipped)

@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,9 +41,11 @@ from modest_align_train.latents import (
     write_manifest,
     write_shard,
 )
-from modest_align_train.sources import Skipped, find_files, fingerprint, read_source
+from modest_align_train.pictures import UnreadableError
+from modest_align_train.skips import Skipped, count_reasons
+from modest_align_train.sources import find_files, fingerprint, read_source
 
-_PRINTED_SKIPS = 10
+_PRINTED_A_REASON = 3
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -169,6 +170,7 @@ def extract(
         )
     unreadable = {one["location"] for one in unread_fields}
     splits = split_counts([record for record in contents.records if record.location not in unreadable])
+    skipped = [asdict(one) for one in contents.skipped] + unread_fields
     manifest = write_manifest(
         output,
         shards,
@@ -176,7 +178,8 @@ def extract(
         text_dim=encode_texts.dim,
         splits=splits,
         split_rule=contents.split_rule,
-        skipped=[asdict(one) for one in contents.skipped] + unread_fields,
+        skipped_by_reason=count_reasons(one["reason"] for one in skipped),
+        skipped=skipped,
         **origin,
     )
     (output / PARTIAL_MANIFEST).unlink()
@@ -230,7 +233,7 @@ def _encode_images(
         return (
             encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
             [record for record, one in zip(batch, decoded, strict=True) if isinstance(one, Tensor)],
-            [Skipped(record.location, one) for record, one in zip(batch, decoded, strict=True) if isinstance(one, str)],
+            [one for one in decoded if isinstance(one, Skipped)],
         )
 
     latents: list[Tensor] = []
@@ -293,30 +296,33 @@ def _map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode(record: Record, encoder: ImageEncoder) -> Tensor | str:
+def _decode(record: Record, encoder: ImageEncoder) -> Tensor | Skipped:
     try:
         image = open_image(record.location)
     except FileNotFoundError:
-        return "no such file"
-    except UnidentifiedImageError:
-        return "not an image"
-    except Exception as error:  # Pillow's plugins raise anything on damaged files
-        return str(error) or type(error).__name__
+        return Skipped(record.location, "no such file")
+    except UnreadableError as error:
+        return Skipped(record.location, error.reason, error.detail)
+    except OSError as error:
+        return Skipped(record.location, "the file cannot be read", error.strerror or str(error))
     return encoder.preprocess(image)
 
 
 class _SkipReport:
-    """Say what was left out, a line each, the first few of them."""
+    """Say what was left out: the first of each reason with its place, and at the end a table of all."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say = say
-        self.count = 0
+        self.counts: Counter[str] = Counter()
 
     def add(self, skipped: Sequence[Skipped]) -> None:
-        for one in skipped[: max(0, _PRINTED_SKIPS - self.count)]:
-            self.say(f"skipped {one}")
-        self.count += len(skipped)
+        for one in skipped:
+            if self.counts[one.reason] < _PRINTED_A_REASON:
+                self.say(f"skipped {one}")
+            self.counts[one.reason] += 1
 
     def close(self) -> None:
-        if self.count > _PRINTED_SKIPS:
-            self.say(f"skipped {self.count - _PRINTED_SKIPS:,} more; {MANIFEST} lists all")
+        if self.counts:
+            width = len(f"{self.counts.total():,}")
+            lines = [f"{count:>{width},}  {reason}" for reason, count in self.counts.most_common()]
+            self.say("\n".join([f"skipped, all listed in {MANIFEST}:", *lines]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from modest_align_train.files import write_file, write_json
+from modest_align_train.pictures import decode_picture
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -302,11 +302,12 @@ def open_image(location: str) -> Image.Image:
         location: ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
 
     Returns:
-        The whole image in mode RGB, upright (EXIF orientation applied), transparent pixels on white.
+        The whole image as `decode_picture` gives it.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        OSError: It is not an image, or a truncated one.
+        UnreadableError: It is no image, a damaged one, or one of too many pixels.
+        OSError: The file cannot be read.
     """
     path, is_member, member = location.partition(".tar::")
     if is_member:
@@ -315,9 +316,4 @@ def open_image(location: str) -> Image.Image:
         data = Path(location).read_bytes()
     else:
         raise FileNotFoundError(f"{location} does not exist")
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return decode_picture(data)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modest_align_train.latents import Record, read_member, tar_index
+from modest_align_train.pictures import IMAGE_SUFFIXES
 from modest_align_train.skips import Skipped
 from modest_align_train.tables import TABLE_SUFFIXES, Row, is_missing, list_as_text, parse_json, read_table
 
@@ -21,7 +22,6 @@ CAPTION_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
 GROUP_COLUMNS = ("group", "group_id", "concept")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 _SPLIT_NAMES = {
     "train": "train",

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from modest_align_train.pictures import IMAGE_SUFFIXES
 from modest_align_train.skips import Skipped
 
 Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its cells by column
@@ -20,7 +21,6 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its cells by 
 _SEPARATORS = (",", ";", "\t", "|")
 # A quote that is not closed within so many lines was not meant to open a cell.
 _LINES_A_CELL = 100
-_IMAGE_CELL = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$", re.IGNORECASE)
 _MISSING = {"", "nan", "null", "none", "<na>"}
 _LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})\s*,?\s*)*\]", re.DOTALL)
@@ -151,7 +151,7 @@ def _swallowed(lines: list[str], separator: str, columns: int) -> str:
     """Say if the further lines of a cell hold a whole row, as after a quote that is not closed."""
     for line in lines:
         cells = line.split(separator)
-        if len(cells) >= columns and any(_IMAGE_CELL.search(cell.strip(' "\r\n')) for cell in cells):
+        if len(cells) >= columns and any(cell.strip(' "\r\n').lower().endswith(IMAGE_SUFFIXES) for cell in cells):
             return "a cell between quotes goes on over another row"
     return ""
 
