@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modest_align_train.files import write_file, write_json
 from modest_align_train.pictures import decode_picture
+from modest_align_train.tables import is_embedded, read_embedded
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -242,10 +243,12 @@ class TarIndex:
 
     Attributes:
         members: Offset and size in bytes of each regular file, by name, in the order of the archive.
+        left_out: Name of each other member but folders, and why it is none of these.
         error: Why the archive could not be read to its end, None where it could.
     """
 
     members: dict[str, tuple[int, int]]
+    left_out: list[tuple[str, str]]
     error: str | None
 
 
@@ -265,19 +268,26 @@ def tar_index(path: Path | str) -> TarIndex:
 @lru_cache(maxsize=64)
 def _tar_index(path: Path, modified_ns: int) -> TarIndex:
     members: dict[str, tuple[int, int]] = {}
+    left_out: list[tuple[str, str]] = []
     error = None
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    if member.isfile() and member.offset_data + member.size <= size:
+                    if not member.isfile():
+                        left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
+                    elif member.offset_data + member.size > size:
+                        left_out.append((member.name, "a member that is cut"))
+                    else:
+                        if member.name in members:
+                            left_out.append((member.name, "the first of two files of that name"))
                         members[member.name] = (member.offset_data, member.size)
-            except tarfile.TarError as reason:
+            except (tarfile.TarError, ValueError) as reason:
                 error = str(reason)
     except tarfile.TarError as reason:
         raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
-    return TarIndex(members, error)
+    return TarIndex(members, left_out, error)
 
 
 def read_member(path: Path | str, member: str) -> bytes:
@@ -299,7 +309,7 @@ def open_image(location: str) -> Image.Image:
     """Open the image at a record's ``location``.
 
     Args:
-        location: ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
+        location: ``"path/to.png"``, ``"path/to.tar::member.webp"`` or ``"path/to.parquet::column/row"``.
 
     Returns:
         The whole image as `decode_picture` gives it.
@@ -312,6 +322,8 @@ def open_image(location: str) -> Image.Image:
     path, is_member, member = location.partition(".tar::")
     if is_member:
         data = read_member(f"{path}.tar", member)
+    elif is_embedded(location):
+        data = read_embedded(location)
     elif Path(location).is_file():
         data = Path(location).read_bytes()
     else:

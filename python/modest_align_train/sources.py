@@ -1,19 +1,32 @@
-"""Image-caption pairs as people keep them: tables, WebDataset tars, Karpathy-split JSON."""
+"""Image-caption pairs as people keep them: tables, tars and folders of samples, JSON of COCO and Karpathy."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modest_align_train.latents import Record, read_member, tar_index
 from modest_align_train.pictures import IMAGE_SUFFIXES
+from modest_align_train.samples import TEXT_SUFFIXES, Sample, group_samples, sample_key
 from modest_align_train.skips import Skipped
-from modest_align_train.tables import TABLE_SUFFIXES, Row, is_missing, list_as_text, parse_json, read_table
+from modest_align_train.tables import (
+    TABLE_SUFFIXES,
+    Row,
+    is_embedded,
+    is_missing,
+    is_utf8,
+    list_as_text,
+    mend,
+    parse_json,
+    read_table,
+)
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "image_name", "path", "img")
 CAPTION_COLUMNS = (
@@ -23,6 +36,7 @@ CAPTION_COLUMNS = (
 SPLIT_COLUMNS = ("split", "subset", "partition")
 GROUP_COLUMNS = ("group", "group_id", "concept")
 
+_MENDED = "a caption that was no Unicode text, mended"
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -34,6 +48,7 @@ _SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+_SPLIT_IN_NAME = re.compile(r"(?:.*[^a-z])?(train|training|valid|validation|val|dev|test|testing)(?:[^a-z].*)?")
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,9 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     """List the files that a source names, with their absolute paths.
 
     Args:
-        source: A file, a folder of tars, a glob (``"pairs-*.tar"``), or a list of these.
+        source: A file, a folder, a glob (``"pairs-*.tar"``), or a list of these. Of a folder its tars; else tables
+            named ``metadata`` in it or below, as Hugging Face's imagefolder has them; else itself, if it holds pictures
+            with texts beside; else the Parquet files in it or below.
 
     Raises:
         FileNotFoundError: One of them is not there.
@@ -77,11 +94,7 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     for one in [source] if isinstance(source, (str, Path)) else source:
         path = Path(one)
         if path.is_dir():
-            found = sorted(path.glob("*.tar"))
-            if not found:
-                raise FileNotFoundError(
-                    f"source {path} is a folder without .tar files: name the table or JSON file in it"
-                )
+            found = _files_of_folder(path)
         elif path.is_file():
             found = [path]
         else:
@@ -90,7 +103,7 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise FileNotFoundError(f"source {one} does not exist")
         files += [file.absolute() for file in found]
     for path in files:
-        if path.suffix.lower() not in (".tar", *TABLE_SUFFIXES):
+        if not path.is_dir() and path.suffix.lower() not in (".tar", *TABLE_SUFFIXES):
             raise ValueError(
                 f"source must be .tar, {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}, "
                 f"got {path} (a compressed tar must be unpacked to .tar first)"
@@ -100,16 +113,38 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     return files
 
 
+def _files_of_folder(folder: Path) -> list[Path]:
+    below = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    told = {sample_key(path) for path in below if path.suffix.lower() in TEXT_SUFFIXES}
+    for found in (
+        [path for path in below if path.suffix.lower() == ".tar" and path.parent == folder],
+        [path for path in below if path.stem == "metadata" and path.suffix.lower() in TABLE_SUFFIXES],
+        [folder] * any(path.suffix.lower() in IMAGE_SUFFIXES and sample_key(path) in told for path in below),
+        [path for path in below if path.suffix.lower() == ".parquet"],
+    ):
+        if found:
+            return found
+    raise FileNotFoundError(
+        f"source {folder} is a folder without .tar files, metadata.csv, pictures with .txt or .json beside, or "
+        ".parquet files: name the table or JSON file in it"
+    )
+
+
 def fingerprint(files: Iterable[Path]) -> str:
     """Digest of files that differs when one was changed, moved or exchanged.
 
-    Files up to 64 MiB are compared by content, larger ones by size and time of change, which is quick.
+    Files up to 64 MiB are compared by content, larger ones and those of a folder by size and time of change, which is
+    quick.
     """
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
         digest.update(f"{path}\0{status.st_size}\0".encode())
-        if status.st_size <= 64 << 20:
+        if path.is_dir():
+            for file in sorted(file for file in path.rglob("*") if file.is_file()):
+                status = file.stat()
+                digest.update(os.fsencode(file) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        elif status.st_size <= 64 << 20:
             digest.update(path.read_bytes())
         else:
             digest.update(str(status.st_mtime_ns).encode())
@@ -161,21 +196,32 @@ def read_source(
         split = _split_name(split, "the argument")
     skipped: list[Skipped] = []
     pairs: dict[str, _Pair] = {}
+    named: dict[str, str | None] = {}
     for path in files:
-        if path.suffix == ".tar":
-            found: Iterable[_Pair] = _read_tar(path, skipped)
+        if path.is_dir():
+            found: Iterable[_Pair] = _read_folder(path, skipped)
+        elif path.suffix.lower() == ".tar":
+            found = _read_tar(path, skipped)
         else:
             root = Path(image_root) if image_root is not None else path.parent
-            rows = read_table(path, skipped)
+            try:
+                rows = read_table(path, skipped)
+            except ValueError as error:
+                # As with tars, a cut one of several costs itself alone.
+                if path.suffix.lower() != ".parquet" or len(files) == 1:
+                    raise
+                skipped.append(Skipped(str(path), "a damaged file", str(error)))
+                continue
             if isinstance(rows, dict):
-                found = _read_karpathy(path, rows, root)
+                found = (_read_coco if "annotations" in rows else _read_karpathy)(path, rows, root, skipped)
             else:
                 found = _read_table(path, rows, root, image_column, caption_column, skipped)
         for pair in found:
             known = pairs.setdefault(pair.key, pair)
             if known is pair:
+                named[pair.key] = _split_in_names(path, pair.key)
                 continue
-            if known.location != pair.location or path.suffix == ".tar":
+            if known.location != pair.location or path.suffix.lower() == ".tar":
                 raise ValueError(f"{pair.origin} and {known.origin} are two images of the same key {pair.key!r}")
             if (known.split, known.group) != (pair.split, pair.group):
                 raise ValueError(f"{pair.origin} has another split or group than {known.origin} for the same image")
@@ -184,8 +230,16 @@ def read_source(
     records: list[Record] = []
     undeclared = None
     declared = 0
+    splits_named = set(named.values())
+    by_name = None not in splits_named and len(splits_named) > 1 and "train" in splits_named
+    by_name = by_name and not any(pair.split for pair in pairs.values())
     for pair in pairs.values():
-        captions = tuple(filter(None, (" ".join(caption.split()) for caption in pair.captions)))
+        mended = [mend(caption) for caption in pair.captions]
+        captions = tuple(" ".join(caption.split()) for caption in mended if not is_missing(caption))
+        if not is_utf8(pair.key + pair.location):
+            skipped.append(Skipped(mend(pair.location), "a name that is not UTF-8"))
+            continue
+        skipped += [Skipped(pair.location, _MENDED) for caption in pair.captions if not is_utf8(caption)]
         if len(captions) < len(pair.captions) or not captions:
             skipped.append(Skipped(pair.location, "an empty caption" if captions else "no caption"))
         if not captions:
@@ -196,6 +250,8 @@ def read_source(
         elif pair.split:
             name = _split_name(pair.split, pair.origin)
             declared += 1
+        elif by_name:
+            name = str(named[pair.key])
         else:
             name = hash_split(group)
             undeclared = undeclared or pair
@@ -208,9 +264,21 @@ def read_source(
         rule = f"all in {split}, as asked"
     elif declared:
         rule = "as declared by the source"
+    elif by_name:
+        rule = "as the files or their folders are named"
     else:
         rule = "none declared by the source: 80/10/10 by a hash of each image's group"
     return Source(records, skipped, rule)
+
+
+def _split_in_names(path: Path, key: str) -> str | None:
+    """Split that a file is named after, or a folder: ``captions_val2017.json``, ``train/a.png``."""
+    names = [path.parent.name] * (path.stem == "metadata") + [path.stem] * (not path.is_dir())
+    found = None
+    for name in (*names, *PurePosixPath(key).parts[:-1]):
+        match = _SPLIT_IN_NAME.fullmatch(name.lower())
+        found = _SPLIT_NAMES[match[1]] if match else found
+    return found
 
 
 def _split_name(name: str, origin: str) -> str:
@@ -252,13 +320,20 @@ def _read_table(
             continue
         name = name.strip()
         yield _Pair(
-            key=Path(name).name if ".parquet::" in name else name,
+            key=_key(path, name),
             captions=texts,
             split=_optional(row, split),
             group=_optional(row, group),
             location=str((root / name).absolute()),
             origin=origin,
         )
+
+
+def _key(path: Path, name: str) -> str:
+    if is_embedded(name):
+        return f"{path.stem}/{name.rpartition('/')[2]}"
+    # There is one such table a folder, with names of its own.
+    return f"{path.parent.name}/{name}" if path.stem == "metadata" else name
 
 
 def _find_column(path: Path, columns: list[str], known: tuple[str, ...], wanted: str | None, name: str | None) -> str:
@@ -299,9 +374,35 @@ def _example(skipped: list[Skipped]) -> str:
     return f" ({skipped[0]})" if skipped else ""
 
 
-def _read_karpathy(path: Path, content: dict[str, Any], root: Path) -> Iterator[_Pair]:
+def _read_coco(path: Path, content: dict[str, Any], root: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
+    captions: dict[Any, list[str]] = {}
+    try:
+        images = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            if annotation["image_id"] in images:
+                captions.setdefault(annotation["image_id"], []).extend(_strings(annotation["caption"]))
+            else:
+                skipped.append(Skipped(f"{path} annotation {annotation.get('id')}", "a caption of no image"))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f'{path} must hold "images" with "id" and "file_name" and "annotations" with "image_id" and "caption", as '
+            "COCO's captions_*.json do"
+        ) from None
+    # COCO keeps the images of captions_val2017.json in the folder val2017, beside that of the annotations.
+    folder = path.stem.rpartition("_")[2]
+    first = next(iter(images.values()), "")
+    root = next((one for one in (root, root / folder, root.parent / folder) if (one / first).is_file()), root)
+    for number, name in images.items():
+        location = str((root / name).absolute())
+        yield _Pair(name, captions.get(number, []), None, None, location, f"{path} image {number}")
+
+
+def _read_karpathy(path: Path, content: dict[str, Any], root: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
     if not isinstance(content.get("images"), list):
-        raise ValueError(f'{path} must hold {{"images": [...]}} as the Karpathy splits do, got keys {list(content)}')
+        raise ValueError(
+            f'{path} must hold {{"images": [...]}} as the Karpathy splits do, with "annotations" as COCO does, or '
+            f"rows, got keys {', '.join(map(str, content))}"
+        )
     for number, image in enumerate(content["images"]):
         origin = f"{path} image {number}"
         try:
@@ -309,41 +410,55 @@ def _read_karpathy(path: Path, content: dict[str, Any], root: Path) -> Iterator[
             captions = [sentence["raw"] for sentence in image["sentences"]]
             yield _Pair(key, captions, image["split"], None, str((root / key).absolute()), origin)
         except (AttributeError, KeyError, TypeError):
-            raise ValueError(
-                f'{origin} must have "filename", "split" and "sentences" with "raw", got {str(image)[:100]}'
-            ) from None
+            raise ValueError(f'{origin} must have "filename", "split" and "sentences" with "raw"') from None
 
 
 def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
-    index = tar_index(path)
+    try:
+        index = tar_index(path)
+    except ValueError as error:
+        skipped.append(Skipped(str(path), "a damaged file", str(error)))
+        return iter(())
     if index.error is not None:
-        skipped.append(Skipped(str(path), f"damaged after {len(index.members)} files ({index.error})"))
-    samples: dict[str, dict[str, str]] = {}
-    for member in index.members:
-        name = PurePosixPath(member)
-        if not name.name.startswith("."):
-            stem, _, extension = name.name.partition(".")
-            samples.setdefault(str(name.with_name(stem)), {})[f".{extension.lower()}"] = member
-    for sample, members in samples.items():
-        origin = f"{path}::{sample}"
-        image = next((m for extension, m in members.items() if extension.endswith(IMAGE_SUFFIXES)), None)
-        if image is None:
-            skipped.append(Skipped(origin, "no image"))
-            continue
+        skipped.append(Skipped(str(path), "a damaged file", f"after {len(index.members)} members: {index.error}"))
+    skipped += [Skipped(f"{path}::{name}", reason) for name, reason in index.left_out]
+    samples = group_samples(index.members, skipped, f"{path}::")
+    return _read_samples(samples, skipped, f"{path}::", partial(read_member, path), f"{path.stem}/")
+
+
+def _read_folder(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    samples = group_samples(names, skipped, f"{path}/")
+    return _read_samples(samples, skipped, f"{path}/", lambda name: (path / name).read_bytes(), "")
+
+
+def _read_samples(
+    samples: Iterable[Sample], skipped: list[Skipped], prefix: str, read: Callable[[str], bytes], key_prefix: str
+) -> Iterator[_Pair]:
+    for sample in samples:
+        origin = f"{prefix}{sample.key}"
+        fields, lines = {}, None
         try:
-            fields = parse_json(read_member(path, members[".json"]), "its .json") if ".json" in members else {}
-            if not isinstance(fields, dict):
-                raise ValueError(f"its .json must be an object, got {type(fields).__name__}")
-            captions = fields.get("captions", fields.get("caption"))
-            if captions is None and ".txt" in members:
-                captions = read_member(path, members[".txt"]).decode().splitlines()
-            yield _Pair(
-                key=f"{path.stem}/{sample}",
-                captions=[] if captions is None else _strings(captions),
-                split=_optional(fields, "split"),
-                group=_optional(fields, "group"),
-                location=f"{path}::{image}",
-                origin=origin,
-            )
-        except ValueError as error:
-            skipped.append(Skipped(origin, str(error).removeprefix(f"{origin}: ")))
+            if ".json" in sample.texts:
+                fields = parse_json(read(sample.texts[".json"]), "its .json")
+                if not isinstance(fields, dict):
+                    raise ValueError(f"its .json must be an object, got {type(fields).__name__}")
+            if ".txt" in sample.texts:
+                lines = [line for line in read(sample.texts[".txt"]).decode("utf-8-sig").split("\n") if line.strip()]
+            captions = _strings(fields.get("captions", fields.get("caption")))
+        except UnicodeDecodeError:
+            skipped.append(Skipped(origin, "a text that is not UTF-8"))
+            continue
+        except (OSError, ValueError) as error:
+            skipped.append(Skipped(origin, "no caption that can be read", str(error)))
+            continue
+        if lines and captions and [line.split() for line in lines] != [caption.split() for caption in captions]:
+            skipped.append(Skipped(prefix + sample.texts[".txt"], "other captions than the .json's, which count"))
+        yield _Pair(
+            key=key_prefix + sample.key,
+            captions=captions or lines or [],
+            split=_optional(fields, "split"),
+            group=_optional(fields, "group"),
+            location=prefix + sample.image,
+            origin=origin,
+        )

@@ -9,6 +9,7 @@ import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its cells by 
 _SEPARATORS = (",", ";", "\t", "|")
 # A quote that is not closed within so many lines was not meant to open a cell.
 _LINES_A_CELL = 100
+_EMBEDDED = re.compile(r"(.*\.parquet)::(.*)/(\d+)", re.IGNORECASE | re.DOTALL)
 _MISSING = {"", "nan", "null", "none", "<na>"}
 _LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})\s*,?\s*)*\]", re.DOTALL)
@@ -73,6 +75,20 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in _MISSING
     return value is None or (isinstance(value, float) and value != value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8, which one with lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def mend(text: str) -> str:
+    """Join the surrogates of a text to characters, and put U+FFFD for those that are alone."""
+    return text if is_utf8(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def list_as_text(cell: str) -> list[str]:
@@ -227,6 +243,47 @@ def _read_parquet(path: Path, skipped: list[Skipped]) -> list[Row]:
         for name in pictures:
             row[name] = f"{path.absolute()}::{name}/{number}" if name in embedded else (row[name] or {}).get("path")
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def is_embedded(location: str) -> bool:
+    """Whether a location is that of a picture in a Parquet file: ``"path/to.parquet::column/row"``."""
+    return bool(_EMBEDDED.fullmatch(location))
+
+
+def read_embedded(location: str) -> bytes:
+    """Read a picture that is in a Parquet file.
+
+    Raises:
+        FileNotFoundError: There is no such file, or its row holds no picture.
+    """
+    path, column, row = _EMBEDDED.fullmatch(location).groups()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    modified, rest = Path(path).stat().st_mtime_ns, int(row)
+    for group, rows in enumerate(_rows_by_group(path, modified)):
+        if rest < rows:
+            picture = _row_group(path, column, group, modified)[rest].as_py()
+            if picture and picture["bytes"] is not None:
+                return picture["bytes"]
+            break
+        rest -= rows
+    raise FileNotFoundError(f"{location} holds no picture")
+
+
+@lru_cache(maxsize=64)
+def _rows_by_group(path: str, modified_ns: int) -> list[int]:
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: str, column: str, group: int, modified_ns: int) -> Any:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[f"{column}.bytes"])[column]
 
 
 def _has_values(metadata: Any, column: str) -> bool:
