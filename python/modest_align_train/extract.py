@@ -151,10 +151,13 @@ def extract(
             bar.set_description("captions")
             captions = [caption for record in kept for caption in record.captions]
             text = _encode_captions(captions, encode_texts, bar.update)
+            faulty = _faulty_captions(kept, encode_texts)
+            report.add(faulty)
             counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
             caption_image = torch.arange(len(kept)).repeat_interleave(counts)
             entry = write_shard(output, len(shards), image, text, caption_image, kept)
-            shards.append({**entry, "records": len(records), "skipped": [asdict(one) for one in unread]})
+            kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
+            shards.append({**entry, "records": len(records), **kept_apart})
             write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
             total -= sum(len(record.captions) for record in records) - len(text)
             bar.total = total
@@ -170,7 +173,8 @@ def extract(
         )
     unreadable = {one["location"] for one in unread_fields}
     splits = split_counts([record for record in contents.records if record.location not in unreadable])
-    skipped = [asdict(one) for one in contents.skipped] + unread_fields
+    faulty_fields = [one for shard in shards for one in shard["faulty"]]
+    skipped = [asdict(one) for one in contents.skipped] + unread_fields + faulty_fields
     manifest = write_manifest(
         output,
         shards,
@@ -263,6 +267,14 @@ def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Ca
     return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
 
 
+def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Skipped]:
+    """Name the captions whose tokens are not what they say; they stay, as the encoder reads them."""
+    places = [(caption, record.location) for record in records for caption in record.captions]
+    captions = list(dict.fromkeys(caption for caption, _ in places))
+    fault = dict(zip(captions, encoder.faults(captions), strict=True))
+    return [Skipped(location, fault[caption]) for caption, location in places if fault[caption]]
+
+
 @contextmanager
 def _threads(device: torch.device) -> Iterator[int]:
     """Say how many threads should work on batches, and on a CPU give each operator one of them.
@@ -318,11 +330,11 @@ class _SkipReport:
     def add(self, skipped: Sequence[Skipped]) -> None:
         for one in skipped:
             if self.counts[one.reason] < _PRINTED_A_REASON:
-                self.say(f"skipped {one}")
+                self.say(f"note: {one}")
             self.counts[one.reason] += 1
 
     def close(self) -> None:
         if self.counts:
             width = len(f"{self.counts.total():,}")
             lines = [f"{count:>{width},}  {reason}" for reason, count in self.counts.most_common()]
-            self.say("\n".join([f"skipped, all listed in {MANIFEST}:", *lines]))
+            self.say("\n".join([f"left out or mended, all listed in {MANIFEST}:", *lines]))
