@@ -69,11 +69,10 @@ def extract(
     """Encode images and their captions with frozen encoders and store the latents.
 
     An interrupted extraction goes on after its last whole shard when it is called again; a finished one of
-    the same source and encoders is loaded at once. Images that cannot be read are reported and left out.
+    the same source and encoders is loaded at once. What cannot be read is reported and left out.
 
     Args:
-        source: Pairs of images and captions: .csv, .tsv, .jsonl, .parquet (a column with the image's path,
-            one or more with captions), WebDataset .tar, Karpathy .json; or a folder of tars, a glob, a list.
+        source: Pairs of images and captions, of a kind that `read_source` knows: a file, a folder, a glob, a list.
         output: Folder for the latents; created if need be.
         image_encoder: efficientnet-lite0, timm:NAME, open_clip:NAME:PRETRAINED or transformers:NAME.
         text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or

@@ -57,7 +57,7 @@ class Source:
 
     Attributes:
         records: One per image, in the order of the source.
-        skipped: What had to be left out already.
+        skipped: What had to be left out or mended already.
         split_rule: Where the splits come from, in words.
     """
 
@@ -169,19 +169,20 @@ def read_source(
 
     The kind is told by the extension:
 
-    - ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.parquet``: a column with the image's path, one or more
-      with captions (a cell of JSONL or Parquet may be a list of them), and optionally columns ``split`` and
-      ``group``. Rows of the same path are captions of one image.
-    - ``.tar``: WebDataset; files of the same name up to the first dot are one sample: the image, and
-      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, ``"group"``, or ``.txt`` with a caption
-      a line.
-    - ``.json``: ``{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}``, the
-      Karpathy splits of COCO and Flickr; or a list of rows as in JSONL.
+    - ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.parquet``: a column with the image's path (in Parquet
+      it may hold the image, as ``{bytes, path}``), one or more with captions (a cell may be a list of them), and
+      optionally columns ``split`` and ``group``. Rows of the same path are captions of one image.
+    - ``.tar``, or a folder of pictures with texts beside: WebDataset, as `group_samples` has it; captions come from
+      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, ``"group"``, or from ``.txt``, one a line.
+    - ``.json``: ``{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}``, the Karpathy splits of
+      COCO and Flickr; ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``, COCO's
+      captions; or rows, as a list or as in JSONL.
 
-    Without declared splits each group goes to train, validation or test (80/10/10) by a hash of its name.
+    Without declared splits the names of all files, or of the folders of all images, tell them, if they name "train"
+    and another; else each group goes to train, validation or test (80/10/10) by a hash of its name.
 
     Args:
-        source: A file, a folder of tars, a glob, or a list of these.
+        source: A file, a folder, a glob, or a list of these, as `find_files` takes them.
         split: Put every image into this split, whatever the source says.
         image_column: Column with the image's path; found by its name if None.
         caption_column: Column or columns with captions; found by their names if None.
