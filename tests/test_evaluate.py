@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from train_data import trained_run
+from train_data import trained_run, write_latents
 
 from modest_align_train import evaluate as module
 from modest_align_train.adapters import load_aligner
@@ -15,6 +16,7 @@ from modest_align_train.evaluate import (
     calibrate,
     evaluate,
     format_evaluation,
+    load_evaluation,
     load_ranks,
     mean_recall,
     paired_difference,
@@ -27,9 +29,11 @@ EYE = torch.eye(4)
 def ranks_of(similarity, query_group, candidate_group):
     """Ranks of a table of similarities: queries are its rows, candidates the unit vectors."""
     similarity = torch.tensor(similarity)
-    return best_ranks(
-        similarity, torch.eye(similarity.shape[1]), torch.tensor(query_group), torch.tensor(candidate_group)
-    ).tolist()
+    return best_ranks(similarity, torch.eye(similarity.shape[1]), of_one_group(query_group, candidate_group)).tolist()
+
+
+def of_one_group(query_group, candidate_group):
+    return lambda rows: torch.as_tensor(query_group)[rows][:, None] == torch.as_tensor(candidate_group)
 
 
 def test_one_caption_an_image():
@@ -64,10 +68,11 @@ def test_chunks_change_nothing(monkeypatch):
     # Whole numbers: the products are exact in every shape of matmul, so that even ties must agree.
     queries, candidates = queries.mul(2).round(), candidates.mul(2).round()
     query_group, candidate_group = torch.arange(101) % 20, torch.arange(67) % 20
-    whole = best_ranks(queries, candidates, query_group, candidate_group)
+    answers = of_one_group(query_group, candidate_group)
+    whole = best_ranks(queries, candidates, answers)
     calibrated = calibrate(queries[:67], candidates, 0.1)
     monkeypatch.setattr(module, "_SIMILARITIES", 200)
-    assert torch.equal(best_ranks(queries, candidates, query_group, candidate_group), whole)
+    assert torch.equal(best_ranks(queries, candidates, answers), whole)
     for chunked, at_once in zip(calibrate(queries[:67], candidates, 0.1), calibrated, strict=True):
         torch.testing.assert_close(chunked, at_once)
     similarity = queries @ candidates.T
@@ -206,7 +211,64 @@ def test_evaluation_of_a_run(tmp_path):
     words = format_evaluation(result).splitlines()[2].split()
     assert words[:3] == ["image", "to", "text"]
     assert float(words[3]) == pytest.approx(result["image_to_text"]["R@1"]["value"], abs=0.051)
+
+
+def contents(run):
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_other_splits_and_latents_leave_the_numbers_of_the_test_split(tmp_path):
+    run = trained_run(tmp_path)
+    result = evaluate(run, bootstrap=1)
+    before = contents(run)
     assert evaluate(run, split="validation", bootstrap=1)["split"] == "validation"
+    other = evaluate(run, latents=write_latents(tmp_path / "other", 80), bootstrap=1)
+    assert (other["split"], other["images"]) == ("test", 16)
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+    names = [f"{what}-{of}" for what in ("evaluation", "ranks") for of in (other["latents"][:8], "validation")]
+    assert sorted(path.rsplit(".", 1)[0] for path in set(after) - set(before)) == sorted(names)
+    assert load_evaluation(run) == result
+    assert load_evaluation(run, split="validation")["split"] == "validation"
+    assert load_evaluation(run, latents=tmp_path / "other") == other
+    assert len(load_ranks(run, other["ranks"])["image_rank"]) == 16
+    assert contents(run) == after
+    shutil.copytree(tmp_path / "latents", tmp_path / "moved")
+    assert load_evaluation(run, latents=tmp_path / "moved") == result
+
+
+def test_an_evaluation_is_of_one_checkpoint_and_its_latents(tmp_path):
+    run = trained_run(tmp_path)
+    result = evaluate(run, bootstrap=1)
+    shutil.move(tmp_path / "latents", tmp_path / "away")
+    assert load_evaluation(run) == result
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["model"] = {name: value * 0.9 for name, value in state["model"].items()}
+    torch.save(state, run / "best.pt")
+    with pytest.raises(FileNotFoundError, match="holds no latents"):
+        load_evaluation(run)
+    shutil.move(tmp_path / "away", tmp_path / "latents")
+    fresh = load_evaluation(run)
+    assert fresh["checkpoint"] != result["checkpoint"]
+    assert fresh["scale"] != result["scale"]
+    assert load_evaluation(run) == fresh == json.loads((run / "evaluation.json").read_text())
+    (run / "ranks.safetensors").unlink()
+    assert load_evaluation(run) is not None
+    assert (run / "ranks.safetensors").is_file()
+
+
+def test_latents_that_were_extracted_again_are_refused(tmp_path):
+    run = trained_run(tmp_path)
+    evaluate(run, bootstrap=1)
+    before = contents(run)
+    write_latents(tmp_path / "latents", splits=("test", "train", "train", "train", "validation"))
+    for refuse in (evaluate, load_evaluation):
+        for latents in (None, tmp_path / "latents"):
+            with pytest.raises(
+                ValueError, match=r"latents .* are not those that .*run was trained on, .*another --out"
+            ):
+                refuse(run, latents=latents)
+    assert contents(run) == before
 
 
 def test_what_cannot_be_evaluated(tmp_path):

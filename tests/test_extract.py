@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from train_data import write_tar
 from modest_align_train import extract as module
 from modest_align_train.encoders import CUT, ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from modest_align_train.extract import extract
-from modest_align_train.latents import MANIFEST, PARTIAL_MANIFEST, load_latents, open_image
+from modest_align_train.latents import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    latents_fingerprint,
+    load_latents,
+    open_image,
+    pairs_digest,
+)
 
 CPU = torch.device("cpu")
 
@@ -202,6 +210,48 @@ def test_latents_of_something_else_are_never_mixed(tmp_path, counters, finished)
     assert stored_bytes(output) == before
 
 
+def test_latents_have_one_fingerprint_and_another_when_extracted_again(tmp_path, counters):
+    table = write_pairs(tmp_path, 8)
+    first = extract(table, tmp_path / "latents", progress=False)
+    assert first.fingerprint == latents_fingerprint(tmp_path / "latents") == first.subset("test").fingerprint
+    again = extract(table, tmp_path / "again", progress=False)
+    assert again.fingerprint == first.fingerprint
+    assert pairs_digest(again.subset("test")) == pairs_digest(first.subset("test")) != pairs_digest(first)
+    shutil.rmtree(tmp_path / "latents")
+    table.write_text(table.read_text().replace("shared", "common"))
+    assert extract(table, tmp_path / "latents", progress=False).fingerprint != first.fingerprint
+    moved = extract(table, tmp_path / "moved", split="test", progress=False)
+    assert moved.fingerprint != latents_fingerprint(tmp_path / "latents")
+
+
+def test_latents_of_the_earlier_format_load_and_are_not_gone_on_with(tmp_path, counters):
+    table = write_pairs(tmp_path, 8)
+    latents = extract(table, tmp_path / "latents", progress=False)
+    path = tmp_path / "latents" / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
+    assert load_latents(tmp_path / "latents").fingerprint == latents.fingerprint
+    with pytest.raises(ValueError, match=r"holds latents of another version of this program: choose another folder"):
+        extract(table, tmp_path / "latents", progress=False)
+
+
+def test_what_was_found_is_said_and_kept(tmp_path, counters, capsys):
+    rows = [{"image": f"{n}.png", "caption": f"caption {n}", "group": 1} for n in range(4)]
+    for n in range(4):
+        Image.new("RGB", (4, 3), (n // 2, 0, 0)).save(tmp_path / f"{n}.png")
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    latents = extract(table, tmp_path / "latents")
+    assert latents.group.tolist() == [0, 0, 1, 1]
+    found = json.loads((tmp_path / "latents" / MANIFEST).read_text())["found"]
+    assert len(found) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert all(sentence in printed for sentence in found)
+    asked = extract(table, tmp_path / "asked", group_column="group", progress=False)
+    assert asked.group.tolist() == [0] * 4
+    with pytest.raises(ValueError, match=r"holds latents of group_column None, now 'group'"):
+        extract(table, tmp_path / "latents", group_column="group", progress=False)
+
+
 def test_a_local_checkpoint_that_has_changed(tmp_path, counters):
     table = write_pairs(tmp_path, 2)
     (tmp_path / "weights").write_text("old")
@@ -290,7 +340,13 @@ def test_default_encoders_on_a_tar(tmp_path):
         Image.effect_noise((80, 80), 20 + 10 * number).convert("RGB").save(image, "WEBP")
         fields = {"captions": [f"noise {number}", "grey"], "group": f"g{number // 2}", "split": "train"}
         members |= {f"{number}.webp": image.getvalue(), f"{number}.json": fields}
-    latents = extract(write_tar(tmp_path / "pairs.tar", members), tmp_path / "latents", device="cpu", progress=False)
+    latents = extract(
+        write_tar(tmp_path / "pairs.tar", members),
+        tmp_path / "latents",
+        device="cpu",
+        group_column="group",
+        progress=False,
+    )
     assert latents.group.tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert (latents.image_encoder, latents.text_encoder) == ("efficientnet-lite0", "all-MiniLM-L6-v2")
     images = [open_image(record.location) for record in latents.records]

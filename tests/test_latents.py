@@ -100,7 +100,7 @@ def test_damage_is_noticed(stored):
 def test_another_format_version(stored):
     path = stored[0] / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match=r"format version 99, wanted 1"):
+    with pytest.raises(ValueError, match=r"format version 99, wanted 2"):
         load_latents(stored[0])
 
 

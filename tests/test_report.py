@@ -179,6 +179,61 @@ def test_a_run_that_was_not_evaluated_is_evaluated(root):
     assert (root / "plain" / "evaluation.json").is_file()
 
 
+def test_a_page_is_of_the_test_split_whatever_was_evaluated_last(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    evaluate(root / "plain", split="validation", bootstrap=5)
+    assert page_of([root / "plain", root / "noisy"], root) == page
+    stored = root / "plain" / "evaluation.json"
+    stored.write_text((root / "plain" / "evaluation-validation.json").read_text())
+    assert visible(page_of([root / "plain"], root)).count("15 test images") == 1
+    assert json.loads(stored.read_text())["split"] == "test"
+
+
+def test_a_page_shows_nothing_stale(root):
+    stored = root / "plain" / "evaluation.json"
+    evaluation = json.loads(stored.read_text())
+    evaluation["mean"]["R@1"]["value"] = 12.3
+    stored.write_text(json.dumps(evaluation))
+    assert "for 12.3% of the queries" in visible(page_of([root / "plain"], root))
+    shutil.copy(root / "noisy" / "best.pt", root / "plain" / "best.pt")
+    assert "12.3%" not in visible(page_of([root / "plain"], root))
+    del evaluation["checkpoint"]  # as versions wrote it that did not say what an evaluation is of
+    stored.write_text(json.dumps(evaluation))
+    assert "12.3%" not in visible(page_of([root / "plain"], root))
+
+
+def test_latents_that_were_extracted_again_make_no_page(root):
+    settings = root / "plain" / "settings.toml"
+    moved = re.sub("latents = .*", f'latents = "{root}/latents"', settings.read_text(encoding="utf-8"))
+    settings.write_text(moved)
+    page_of([root / "plain"], root)
+    write_pairs(root / "latents", images=60, splits=("test", "train", "train", "validation"))
+    with pytest.raises(
+        ValueError, match=r"latents .* are not those that .*plain was trained on, they were extracted ag"
+    ):
+        page_of([root / "plain"], root)
+
+
+def test_runs_on_other_pairs_share_no_page(root):
+    write_pairs(root / "other", images=20, splits=("train", "train", "validation", "test"))
+    settings = replace(load_run(root / "plain").settings, latents=root / "other", output=root / "third")
+    train(settings, progress=False)
+    with pytest.raises(
+        ValueError, match="same images and captions, but plain and third were not: name latents for all"
+    ):
+        page_of([root / "plain", root / "third"], root)
+    page = page_of([root / "plain", root / "third"], root, latents=root / "other")
+    assert "R@1 over plain" in visible(page)
+    assert "5 test images" in visible(page)
+
+
+def test_every_table_shows_that_it_scrolls(root):
+    page = page_of([root / "plain", root / "noisy"], root)
+    assert page.count("<table") == page.count('<div class="scroll" tabindex="0"><table') > 3
+    # A shadow that stays at the edge, under a cover that moves with the table.
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto;[^}]*background-attachment: local, scroll;", page)
+
+
 def test_sections_and_table_come_from_the_caller(root):
     axes = plot("Sweep <of> noise", "latent_noise_std", "R@1, %")
     axes.plot([0, 1], [1, 2], label="clean $x")

@@ -11,6 +11,7 @@ from PIL import Image
 from train_data import write_store
 
 from modest_align_train import search as search_module
+from modest_align_train.adapters import Checkpoint
 from modest_align_train.latents import Record, load_latents
 from modest_align_train.search import format_hits, nearest_captions, search
 from modest_align_train.settings import Settings
@@ -61,7 +62,8 @@ def run(tmp_path, monkeypatch):
         texts = [caption for record in store.records for caption in record.captions]
         return lambda captions: torch.stack([store.text[texts.index(c)] for c in captions])
 
-    monkeypatch.setattr(search_module, "load_aligner", lambda run: Identity())
+    checkpoint = Checkpoint(run, Identity(), "", store.fingerprint)
+    monkeypatch.setattr(search_module, "load_checkpoint", lambda run: checkpoint)
     monkeypatch.setattr(search_module, "load_image_encoder", image_encoder)
     monkeypatch.setattr(search_module, "load_text_encoder", text_encoder)
     return run

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from train_data import write_tar
 
-from modest_align_train.sources import fingerprint, hash_split, read_source
+from modest_align_train.identity import hash_split
+from modest_align_train.sources import find_files, fingerprint, read_source
 
 
 def write_csv(path, rows, delimiter=",", encoding="utf-8"):
@@ -59,12 +60,12 @@ def test_every_kind_of_table_says_the_same(tmp_path):
         tmp_path / "t.json",
     ]
     for table in tables:
-        check_rows(read_source(table), tmp_path)
+        check_rows(read_source(table, group_column="group"), tmp_path)
 
 
 def test_image_root(tmp_path):
     table = write_csv(tmp_path / "t.csv", ROWS)
-    check_rows(read_source(table, image_root=tmp_path / "pictures"), tmp_path / "pictures")
+    check_rows(read_source(table, image_root=tmp_path / "pictures", group_column="group"), tmp_path / "pictures")
 
 
 def test_several_caption_columns_and_lists(tmp_path):
@@ -97,7 +98,7 @@ def test_empty_captions_are_reported(tmp_path):
 
 def test_splits_by_hash_keep_groups_together_and_never_change(tmp_path):
     rows = [{"image": f"{n}.png", "caption": "x", "group": str(n // 2)} for n in range(4000)]
-    source = read_source(write_jsonl(tmp_path / "t.jsonl", rows))
+    source = read_source(write_jsonl(tmp_path / "t.jsonl", rows), group_column="group")
     split = {record.group: record.split for record in source.records}
     assert all(split[record.group] == record.split for record in source.records)
     counts = Counter(split.values())
@@ -134,6 +135,12 @@ def test_split_for_all(tmp_path):
             [{"image": "a", "caption": "x", "split": "train"}, {"image": "a", "caption": "y", "split": "test"}],
             {},
             r"line 2 has another split or group than .* line 1",
+        ),
+        ([{"image": "a", "caption": "x"}], {"group_column": "b"}, r"group_column must be one of .*'b'"),
+        (
+            [{"image": "a", "caption": "x", "group": ""}],
+            {"group_column": "group"},
+            r"group_column must name a column that has values, got 'group'",
         ),
         ([{"image": "a", "caption": ""}], {}, r"holds no image with a caption \(.*a: no caption\)"),
         ([], {}, r"must hold rows with named columns, got none"),
@@ -200,7 +207,7 @@ def test_webdataset(tmp_path):
         },
     )
     write_tar(tmp_path / "two.tar", {"a.png": b"png", "a.json": {"caption": "z", "split": "val"}})
-    source = read_source(tmp_path)
+    source = read_source(tmp_path, group_column="group")
     assert [record.key for record in source.records] == ["one/a", "one/folder/b", "two/a"]
     assert [record.captions for record in source.records] == [
         ("x", "y"),
@@ -218,8 +225,8 @@ def test_webdataset(tmp_path):
         ".hidden.png: a hidden file",
         "a.txt: other captions than the .json's, which count",
     ]
-    assert read_source(str(tmp_path / "*.tar")) == source
-    assert read_source([tmp_path / "one.tar", str(tmp_path / "two.tar")]) == source
+    assert read_source(str(tmp_path / "*.tar"), group_column="group") == source
+    assert read_source([tmp_path / "one.tar", str(tmp_path / "two.tar")], group_column="group") == source
 
 
 def test_webdataset_with_damage(tmp_path):
@@ -252,12 +259,62 @@ def test_webdataset_with_damage(tmp_path):
     assert reasons == {}
 
 
-def test_two_images_of_one_key(tmp_path):
+def test_one_picture_in_three_spellings_is_one_image(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"a")
+    (tmp_path / "linked").symlink_to(tmp_path / "pictures")
+    paths = ["pictures/a.png", "./pictures/../pictures/a.png", str(tmp_path / "pictures" / "a.png"), "linked/a.png"]
+    rows = [{"image": path, "caption": f"caption {number}"} for number, path in enumerate(paths)]
+    (one,) = read_source(write_jsonl(tmp_path / "t.jsonl", rows)).records
+    assert one.key == "pictures/a.png"
+    assert one.captions == tuple(f"caption {number}" for number in range(4))
+    rows = [{**row, "split": split} for row, split in zip(rows, ("train", "test"), strict=False)]
+    with pytest.raises(ValueError, match=r"line 2 has another split or group than .* line 1 for the same image"):
+        read_source(write_jsonl(tmp_path / "t.jsonl", rows))
+
+
+def test_a_file_named_twice_is_read_once(tmp_path):
+    tar = write_tar(tmp_path / "t.tar", {"a.png": b"a", "a.txt": b"x"})
+    (tmp_path / "again.tar").symlink_to(tar)
+    assert find_files([tar, f"{tmp_path}/../{tmp_path.name}/t.tar", tmp_path / "*.tar"]) == [tar]
+    assert read_source([tar, tmp_path / "again.tar"]).records[0].captions == ("x",)
+
+
+def test_equal_keys_in_different_shards_are_different_images(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
-        write_tar(tmp_path / folder / "t.tar", {"a.png": b"", "a.txt": b"x"})
-    with pytest.raises(ValueError, match=r"are two images of the same key 't/a'"):
-        read_source([tmp_path / "x", tmp_path / "y"])
+        write_tar(tmp_path / folder / "t.tar", {"a.png": folder.encode(), "a.txt": folder.encode(), "b.png": b""})
+        write_csv(tmp_path / folder / "t.csv", [{"image": "c.png", "caption": folder}])
+    source = read_source([tmp_path / "x", tmp_path / "y", tmp_path / "x/t.csv", tmp_path / "y/t.csv"])
+    locations = [f"{tmp_path}/{end}" for end in ("x/t.tar::a.png", "y/t.tar::a.png", "x/c.png", "y/c.png")]
+    assert [record.location for record in source.records] == locations
+    assert [record.captions for record in source.records] == [("x",), ("y",), ("x",), ("y",)]
+    keys = [location.removeprefix(f"{tmp_path}/") for location in locations]
+    assert [record.key for record in source.records] == keys == [record.group for record in source.records]
+    write_csv(tmp_path / "t.csv", [{"image": "d.png", "caption": "d"}, {"image": "x/c.png", "caption": "again"}])
+    (tmp_path / "z").mkdir()
+    write_csv(tmp_path / "z/t.csv", [{"image": "y/c.png", "caption": "another"}])
+    tables = [tmp_path / name for name in ("x/t.csv", "y/t.csv", "z/t.csv", "t.csv")]
+    source = read_source(tables)
+    assert [record.key for record in source.records] == ["x/c.png", f"{tmp_path}/y/c.png", "y/c.png", "d.png"]
+    assert source.records[0].captions == ("x", "again")
+
+
+def test_a_column_named_group_is_used_only_when_asked_for(tmp_path):
+    rows = [{"image": f"{n}.png", "caption": f"caption {n}", "Group": "half"} for n in range(40)]
+    table = write_jsonl(tmp_path / "t.jsonl", rows)
+    tar = write_tar(tmp_path / "t.tar", {"a.png": b"", "a.json": {"caption": "x", "group": "g", "kind": "k"}})
+    for source, column in ((table, "Group"), (tar, "group")):
+        found = read_source(source)
+        assert [record.group for record in found.records] == [record.key for record in found.records]
+        assert found.found == [
+            f"the column {column!r} of {source} is not used: --group-column {column} would take it for groups"
+        ]
+    asked = read_source(table, group_column="Group")
+    assert {record.group for record in asked.records} == {"half"}
+    assert len({record.split for record in asked.records}) == 1
+    assert asked.found == []
+    assert read_source(tar, group_column="kind").records[0].group == "k"
 
 
 def test_fingerprint(tmp_path):

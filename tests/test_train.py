@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_data import IMAGE_DIM, TEXT_DIM, small_settings, write_latents
+from train_data import IMAGE_DIM, TEXT_DIM, forget_latents, small_settings, write_latents
 
 import modest_align_train.train as module
 from modest_align_train.adapters import Aligner, load_aligner
+from modest_align_train.evaluate import evaluate
 from modest_align_train.latents import load_latents
 from modest_align_train.settings import Settings, read_settings
 from modest_align_train.train import Batches, fuse, learning_rate, train
@@ -167,6 +169,43 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path, change, sentence):
     train(settings, progress=False)
     with pytest.raises(ValueError, match=sentence):
         train(replace(settings, **change), progress=False)
+
+
+def write_again(latents: Path, images: int = 200) -> None:
+    """Extract again: the same encoders and place, the splits in another order."""
+    shutil.rmtree(latents)
+    write_latents(latents, images, ("test", "train", "train", "train", "validation"))
+
+
+def test_a_run_is_bound_to_its_latents(tmp_path, monkeypatch):
+    finished = small_settings(tmp_path)
+    stopped = replace(finished, output=tmp_path / "stopped")
+    train(finished, progress=False)
+    change_step(monkeypatch, 13, lambda _, loss: os.kill(os.getpid(), signal.SIGINT) or loss)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, progress=False)
+    shutil.copytree(tmp_path / "latents", tmp_path / "kept")
+    write_again(tmp_path / "latents")
+    for settings in (finished, stopped):
+        before = (settings.output / "last.pt").read_bytes()
+        with pytest.raises(
+            ValueError, match=r"latents .* are not those that the run stored in .*extracted again: take"
+        ):
+            train(settings, progress=False)
+        assert (settings.output / "last.pt").read_bytes() == before
+    shutil.rmtree(tmp_path / "latents")
+    (tmp_path / "kept").rename(tmp_path / "latents")
+    assert train(finished, progress=False) == finished.output
+    assert_same_run(train(stopped, progress=False), finished.output)
+
+
+def test_a_run_that_did_not_note_its_latents_does_not_go_on(tmp_path):
+    run = train(small_settings(tmp_path), progress=False)
+    forget_latents(run)
+    with pytest.raises(ValueError, match=r"or an earlier version trained it, which did not note them: take another --"):
+        train(small_settings(tmp_path), progress=False)
+    with pytest.warns(UserWarning, match=r"is of an earlier version, which did not note its latents"):
+        assert evaluate(run, bootstrap=1)["images"] == 40
 
 
 def test_a_moved_run_goes_on(tmp_path):

@@ -82,3 +82,11 @@ def small_settings(tmp_path: Path, **changes) -> Settings:
 
 def trained_run(tmp_path: Path) -> Path:
     return train(small_settings(tmp_path, steps=300, validate_every=50), progress=False)
+
+
+def forget_latents(run: Path) -> None:
+    """Make a run as versions left it that did not note which latents it was trained on."""
+    for name in ("best.pt", "last.pt"):
+        state = torch.load(run / name, weights_only=True)
+        del state["latents"]
+        torch.save(state, run / name)

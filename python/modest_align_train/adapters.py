@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
+from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.settings import Settings, run_settings
 
 # Rows embedded at once outside of training.
@@ -114,8 +118,57 @@ class Aligner(nn.Module):
         return torch.cat(embedded)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The best checkpoint of a run, and the latents that it belongs to.
+
+    Attributes:
+        run: Run directory.
+        aligner: In `eval()` mode.
+        digest: SHA-256 of its file.
+        trained_on: `latents_fingerprint` of the run's latents; None in a run of an earlier version.
+    """
+
+    run: Path
+    aligner: Aligner
+    digest: str
+    trained_on: str | None
+
+    def find_latents(self, directory: Path | str | None = None) -> tuple[Path, str]:
+        """Find the latents to use with the run: the directory, by default that of the training, and the fingerprint.
+
+        Raises:
+            FileNotFoundError: The directory holds no latents.
+            ValueError: It is that of the training, and other latents were extracted into it since.
+        """
+        own = run_settings(self.run).latents
+        found = own if directory is None else Path(directory)
+        fingerprint = latents_fingerprint(found)
+        if found.resolve() == own.resolve() and fingerprint != self.trained_on:
+            if self.trained_on is not None:
+                raise ValueError(
+                    f"latents {own} are not those that {self.run} was trained on, they were extracted again: "
+                    "train into another --output, or name others by --latents"
+                )
+            warnings.warn(
+                f"{self.run} is of an earlier version, which did not note its latents: nothing tells whether those in "
+                f"{own} are still the same",
+                stacklevel=3,
+            )
+        return found, fingerprint
+
+    def load_latents(self, directory: Path | str | None = None) -> Latents:
+        """Load the latents that `find_latents` finds."""
+        return load_latents(self.find_latents(directory)[0])
+
+
 def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner:
-    """Load the best checkpoint of a run, in `eval()` mode.
+    """Load the aligner of a run's best checkpoint; see `load_checkpoint`."""
+    return load_checkpoint(run, device).aligner
+
+
+def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load the best checkpoint of a run.
 
     Args:
         run: Run directory.
@@ -129,7 +182,8 @@ def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner
         raise FileNotFoundError(f"{run} is not a trained run: it has no best.pt")
     # A run trained with a backend that this machine lacks must still load.
     settings = replace(run_settings(run), backend="auto")
-    checkpoint = torch.load(run / "best.pt", map_location=device, weights_only=True)
-    aligner = Aligner(checkpoint["image_dim"], checkpoint["text_dim"], settings).to(device)
-    aligner.load_state_dict(checkpoint["model"])
-    return aligner.eval()
+    content = (run / "best.pt").read_bytes()
+    state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
+    aligner.load_state_dict(state["model"])
+    return Checkpoint(run, aligner.eval(), hashlib.sha256(content).hexdigest(), state.get("latents"))

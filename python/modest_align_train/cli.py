@@ -85,6 +85,7 @@ def extract(
     image_column: _OptionalStr = None,
     caption_column: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STR ...", help_behavior_hint="")] = (),
     image_root: _OptionalPath = None,
+    group_column: _OptionalStr = None,
     batch_size: _OptionalInt = None,
     device: str = "auto",
 ) -> None:
@@ -101,6 +102,8 @@ def extract(
         image_column: Column of a table with the image's path; found by its usual names if not given.
         caption_column: Columns of a table with captions; found by their usual names if not given.
         image_root: Folder that relative image paths start from; by default that of the source.
+        group_column: Column of a table, or field of a tar's .json, whose equal values say that images show the same
+            thing: they stay in one split, and their captions are right answers for each other. By default none.
         batch_size: Images a batch; by default what is fast on the device.
         device: Where to encode: "auto", "cpu", "cuda".
     """
@@ -115,6 +118,7 @@ def extract(
         image_column=image_column,
         caption_column=caption_column or None,
         image_root=image_root,
+        group_column=group_column,
         batch_size=batch_size,
         device=device,
     )

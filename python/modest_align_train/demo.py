@@ -103,7 +103,7 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     output = Path(output)
     print("1/4  latents: frozen encoders over images and captions")
     source = _few_samples(output / "data") if quick else DATA
-    latents = extract(source, output / "latents")
+    latents = extract(source, output / "latents", group_column="group")
     settings = Settings(latents=output / "latents", output=output / "runs", smoothing=0.0, latent_noise_std=0.0)
     if quick:
         settings = replace(settings, steps=QUICK_STEPS, batch_size=128, validate_every=10, warmup_steps=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from modest_align_train.adapters import load_aligner
+from modest_align_train.adapters import Checkpoint, load_checkpoint
+from modest_align_train.answers import Answers
 from modest_align_train.devices import choose_device
 from modest_align_train.files import write_file, write_json
-from modest_align_train.latents import Latents, load_latents
-from modest_align_train.settings import run_settings
+from modest_align_train.latents import Latents, pairs_digest
 
 RECALL_AT = (1, 5, 10)
 RECALLS = tuple(f"R@{k}" for k in RECALL_AT)
@@ -38,14 +39,17 @@ def evaluate(
     bootstrap: int = 1000,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate the best checkpoint of a run; write `evaluation.json` and `ranks.safetensors` into it.
+    """Evaluate the best checkpoint of a run; write what was found into it.
+
+    On the test split of the run's own latents into `evaluation.json` and `ranks.safetensors`; names of other splits
+    and latents say so (`evaluation-validation.json`). Each says which checkpoint and latents it is of.
 
     Recalls follow the protocol of COCO and Flickr30k: an image finds its best right caption, a caption its
-    best right image, where all of an equal group are right. Ties count against us: a wrong candidate that is
-    as similar as the best right one ranks before it.
+    best right image; `Answers` says what is right. Ties count against us: a wrong candidate that is as similar
+    as the best right one ranks before it.
 
-    Calibration takes one pair a group (its first image, that image's first caption), so that each query has
-    one right candidate, and the softmax over all of them at the run's own scale. ECE = sum_b n_b/n
+    Calibration takes at most one pair a group, so that each query has one right candidate
+    (`Answers.one_to_one`), and the softmax over all of them at the run's own scale. ECE = sum_b n_b/n
     |accuracy_b - confidence_b| over 15 bins of equal width of the highest probability (Guo et al., 2017).
 
     Intervals are the 2.5 and 97.5 percentiles of a bootstrap that draws groups with replacement; those of the
@@ -59,55 +63,99 @@ def evaluate(
         device: Where to embed and rank: "auto", "cpu", "cuda".
 
     Returns:
-        What `evaluation.json` holds: recalls, ECE, confidence and accuracy in percent, median ranks (1 is the
-        best), NLL in nats.
+        What `evaluation.json` holds: what it is of, recalls, ECE, confidence and accuracy in percent, median ranks
+        (1 is the best), NLL in nats.
 
     Raises:
         FileNotFoundError: The run has no best checkpoint, or there are no latents.
-        ValueError: The split has no images, or the latents have other numbers of features than the run's.
+        ValueError: The split has no images, the latents have other numbers of features than the run's, or other
+            latents were extracted into the place of those that the run was trained on.
     """
     if bootstrap < 1:
         raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
     run = Path(run)
-    aligner = load_aligner(run, choose_device(device))
-    data = load_latents(latents or run_settings(run).latents).subset(split)
+    checkpoint = load_checkpoint(run, choose_device(device))
+    aligner = checkpoint.aligner
+    data = checkpoint.load_latents(latents).subset(split)
     images, texts = aligner.embed_images(data.image), aligner.embed_texts(data.text)
     ranks = retrieval_ranks(images, texts, data)
     scale = float(aligner.scale)
+    name, ranks_name = _file_names(split, data.fingerprint, checkpoint)
     result = {
         "split": split,
+        "checkpoint": checkpoint.digest,
+        "latents": data.fingerprint,
+        "pairs": pairs_digest(data),
+        "ranks": ranks_name,
         "images": len(images),
         "captions": len(texts),
         "groups": int(data.group.max()) + 1,
         "scale": scale,
         **_retrieval(ranks, bootstrap),
-        "calibration": _calibration(*_one_pair_a_group(images, texts, data), scale, bootstrap),
+        "calibration": _calibration(*_one_to_one(images, texts, data), scale, bootstrap),
     }
-    write_file(run / "ranks.safetensors", save(ranks))
-    write_json(run / "evaluation.json", result)
+    # Never new ranks beside an old evaluation.
+    (run / name).unlink(missing_ok=True)
+    write_file(run / ranks_name, save(ranks))
+    write_json(run / name, result)
     return result
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, query_group: Tensor, candidate_group: Tensor) -> Tensor:
+def load_evaluation(run: Path | str, *, latents: Path | str | None = None, split: str = "test") -> dict[str, Any]:
+    """Load what `evaluate` found with the run's checkpoint and latents as they are now; evaluate if it has not.
+
+    Args:
+        run: Run directory.
+        latents: Directory of latents; None is the one the run was trained on, which need no longer be there.
+        split: Split that was to be evaluated.
+
+    Raises:
+        FileNotFoundError, ValueError: As `evaluate` does.
+    """
+    run = Path(run)
+    checkpoint = load_checkpoint(run)
+    try:
+        fingerprint = checkpoint.find_latents(latents)[1]
+    except FileNotFoundError:
+        if latents is not None or checkpoint.trained_on is None:
+            raise
+        fingerprint = checkpoint.trained_on
+    path = run / _file_names(split, fingerprint, checkpoint)[0]
+    if path.is_file():
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"split": split, "checkpoint": checkpoint.digest, "latents": fingerprint}
+        if wanted.items() <= stored.items() and (run / stored["ranks"]).is_file():
+            return stored
+    return evaluate(run, latents=latents, split=split)
+
+
+def _file_names(split: str, fingerprint: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Names of the files for what was found and for the ranks."""
+    parts = [split] if split != "test" else []
+    if checkpoint.trained_on not in (None, fingerprint):
+        parts.append(fingerprint[:8])
+    return "-".join(["evaluation", *parts]) + ".json", "-".join(["ranks", *parts]) + ".safetensors"
+
+
+def best_ranks(queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], Tensor]) -> Tensor:
     """Rank of the most similar right candidate of each query; 1 is the best.
 
-    Similarities are dot products; right is a candidate of the query's group. The rank is one more than the
-    number of wrong candidates that are at least as similar. NaN counts as the worst.
+    Similarities are dot products. The rank is one more than the number of wrong candidates that are at least as
+    similar. NaN counts as the worst.
 
     Args:
         queries: [n, D].
         candidates: [m, D].
-        query_group: int64 [n].
-        candidate_group: int64 [m].
+        answers: Tells the right candidates of some queries by their rows, int64 [k] -> bool [k, m].
 
     Returns:
         int64 [n].
     """
     ranks = []
     rows = max(1, _SIMILARITIES // len(candidates))
-    for chunk, group in zip(queries.split(rows), query_group.split(rows), strict=True):
+    for chunk, row in zip(queries.split(rows), torch.arange(len(queries)).split(rows), strict=True):
         similarity = chunk @ candidates.T
-        right = group[:, None] == candidate_group
+        right = answers(row.to(queries.device))
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Not >=, which would rank a NaN first.
         ranks.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
@@ -120,18 +168,17 @@ def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents) -> dict[str
     Args:
         images: Embeddings [images, D].
         texts: Embeddings [captions, D].
-        latents: What they were made from; gives the groups.
+        latents: What they were made from; gives the groups and what is right.
 
     Returns:
         `image_rank` and `image_group` [images], `text_rank` and `caption_group` [captions], all int64.
     """
-    image_group = latents.group.to(images.device)
-    caption_group = image_group[latents.caption_image.to(images.device)]
+    answers = Answers(latents.to(images.device))
     return {
-        "image_rank": best_ranks(images, texts, image_group, caption_group).cpu(),
-        "text_rank": best_ranks(texts, images, caption_group, image_group).cpu(),
-        "image_group": image_group.cpu(),
-        "caption_group": caption_group.cpu(),
+        "image_rank": best_ranks(images, texts, answers.captions).cpu(),
+        "text_rank": best_ranks(texts, images, answers.images).cpu(),
+        "image_group": latents.group.cpu(),
+        "caption_group": latents.group[latents.caption_image].cpu(),
     }
 
 
@@ -149,15 +196,19 @@ def validation_score(found: Mapping[str, Mapping[str, float]]) -> float:
     return sum(found["mean"].values()) / len(found["mean"])
 
 
-def load_ranks(run: Path | str) -> dict[str, Tensor]:
-    """Load the `ranks.safetensors` that `evaluate` wrote into a run.
+def load_ranks(run: Path | str, name: str = "ranks.safetensors") -> dict[str, Tensor]:
+    """Load the ranks that `evaluate` wrote into a run.
+
+    Args:
+        run: Run directory.
+        name: What `evaluate` calls ``ranks``; by default of the test split.
 
     Raises:
         FileNotFoundError: The run was not evaluated.
     """
-    path = Path(run) / "ranks.safetensors"
+    path = Path(run) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{run} has no ranks.safetensors: evaluate it first")
+        raise FileNotFoundError(f"{run} has no {name}: evaluate it first")
     return load_file(path)
 
 
@@ -254,17 +305,9 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
     return {**result, "mean": dict(zip(RECALLS, found[2 * each :], strict=True))}
 
 
-def _one_pair_a_group(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
-    caption_image, group = latents.caption_image, latents.group
-    image = _first_of_each(group)
-    caption = _first_of_each(caption_image)[image]
+def _one_to_one(images: Tensor, texts: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
+    image, caption = Answers(latents).one_to_one(latents)
     return images[image.to(images.device)], texts[caption.to(texts.device)]
-
-
-def _first_of_each(label: Tensor) -> Tensor:
-    """Position of the first 0, the first 1, ... in int64 [n]; each label from 0 must occur."""
-    first = torch.full((int(label.max()) + 1,), len(label), device=label.device)
-    return first.scatter_reduce(0, label, torch.arange(len(label), device=label.device), "amin")
 
 
 def calibrate(queries: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from modest_align_train.adapters import load_aligner
+from modest_align_train.answers import Answers
 from modest_align_train.evaluate import best_ranks
 from modest_align_train.latents import Latents, open_image
 from modest_align_train.search import nearest_captions, nearest_images
@@ -36,19 +37,19 @@ def find_examples(run: Path, latents: Latents) -> dict[str, dict[str, list[dict[
     """
     aligner = load_aligner(run)
     images, texts = aligner.embed_images(latents.image), aligner.embed_texts(latents.text)
-    caption_group = latents.group[latents.caption_image]
+    answers = Answers(latents)
     captions = latents.captions
     first_caption = torch.searchsorted(latents.caption_image, torch.arange(len(images)))
     order = _one_of_each_group(latents)[:EXAMINED]
 
     def from_text(row: int) -> dict[str, Any]:
-        query, group = texts[first_caption[row]], latents.group[row]
+        caption = first_caption[row : row + 1]
+        query, right = texts[caption[0]], answers.images(caption)[0]
         scores, found = nearest_images(query, images, FOUND_IMAGES)
-        right = latents.group == group
         answer = int((images @ query).masked_fill(~right, -torch.inf).argmax())
         return {
-            "query": captions[first_caption[row]],
-            "rank": int(best_ranks(query[None], images, group[None], latents.group)),
+            "query": captions[caption[0]],
+            "rank": int(best_ranks(query[None], images, lambda _: right[None])),
             "answer": latents.records[answer].location,
             "found": [
                 {
@@ -62,15 +63,14 @@ def find_examples(run: Path, latents: Latents) -> dict[str, dict[str, list[dict[
         }
 
     def from_image(row: int) -> dict[str, Any]:
-        query, group = images[row], latents.group[row]
+        query, right = images[row], answers.captions(torch.tensor([row]))[0]
         scores, found = nearest_captions(query, texts, captions, FOUND_CAPTIONS)
-        right = {captions[i] for i in (caption_group == group).nonzero()[:, 0].tolist()}
         return {
             "query": latents.records[row].location,
-            "rank": int(best_ranks(query[None], texts, group[None], caption_group)),
+            "rank": int(best_ranks(query[None], texts, lambda _: right[None])),
             "answer": " · ".join(latents.records[row].captions),
             "found": [
-                {"caption": captions[caption], "score": score, "right": captions[caption] in right}
+                {"caption": captions[caption], "score": score, "right": bool(right[caption])}
                 for score, caption in zip(scores, found, strict=True)
             ],
         }

@@ -61,6 +61,7 @@ def extract(
     image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
     image_root: Path | str | None = None,
+    group_column: str | None = None,
     batch_size: int | None = None,
     shard_size: int = 2048,
     device: str = "auto",
@@ -78,10 +79,12 @@ def extract(
         text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or
             transformers:NAME.
         split: Put every image into this split (train, validation or test), whatever the source says. Without
-            it and without splits in the source, 80/10/10 by a hash of each image's group.
+            it and without splits in the source, 80/10/10 by a hash of names, equal images and captions together.
         image_column: Column of a table with the image's path; found by its usual names if not given.
         caption_column: Column or columns of a table with captions; found by their usual names if not given.
         image_root: Folder that relative image paths start from; that of the source file if not given.
+        group_column: Column, or field of a tar's .json, whose equal values say that images show the same thing:
+            they stay in one split, and the captions of one are right answers for the others. Not used unless named.
         batch_size: Images a batch; what is fast on the device if not given.
         shard_size: Images a shard: what an interruption can lose.
         device: auto, cpu, cuda, ...
@@ -116,6 +119,7 @@ def extract(
         "image_column": image_column,
         "caption_column": caption_column,
         "image_root": None if image_root is None else str(Path(image_root).absolute()),
+        "group_column": group_column,
     }
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
     if _stored(output / MANIFEST, origin) is not None:
@@ -124,9 +128,16 @@ def extract(
     partial = _stored(output / PARTIAL_MANIFEST, origin)
 
     contents = read_source(
-        files, split=split, image_column=image_column, caption_column=caption_column, image_root=image_root
+        files,
+        split=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        group_column=group_column,
     )
     say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
+    for sentence in contents.found:
+        say(sentence)
     encode_images = load_image_encoder(image_encoder, device)
     encode_texts = load_text_encoder(text_encoder, device)
     output.mkdir(parents=True, exist_ok=True)
@@ -181,6 +192,7 @@ def extract(
         text_dim=encode_texts.dim,
         splits=splits,
         split_rule=contents.split_rule,
+        found=contents.found,
         skipped_by_reason=count_reasons(one["reason"] for one in skipped),
         skipped=skipped,
         **origin,
@@ -206,7 +218,9 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
             difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
-            if key.endswith("_fingerprint"):
+            if key == "format_version":
+                difference = "another version of this program"
+            elif key.endswith("_fingerprint"):
                 difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
             raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
     return manifest

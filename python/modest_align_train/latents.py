@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +18,15 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from modest_align_train.answers import caption_key
 from modest_align_train.files import write_file, write_json
 from modest_align_train.pictures import decode_picture
-from modest_align_train.tables import is_embedded, read_embedded
+from modest_align_train.tables import read_embedded
 
-FORMAT_VERSION = 1
+# Version 1 told images apart by the text of their paths, and took a column named group without being asked.
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
+_IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
@@ -35,7 +40,7 @@ class Record:
         key: Unique name of the image.
         captions: Its captions, in the order of their rows in ``Latents.text``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        group: Images of equal group show the same thing; an image that is alone has its key here.
+        group: Images of equal group show the same thing, those of equal files too; one that is alone has its key here.
         location: Where the image's bytes are, ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
     """
 
@@ -54,19 +59,23 @@ class Latents:
         image: Image latents as the encoder gave them (not normalised), float32 [images, Di].
         text: Caption latents, float32 [captions, Dt].
         caption_image: Row of ``image`` that each caption describes, non-decreasing, int64 [captions].
+        caption_text: A number from 0 of what each caption says, equal where captions are, int64 [captions].
         group: The records' groups as consecutive integers from 0, int64 [images].
         records: What each row of ``image`` is, [images].
         image_encoder: Name of the encoder of ``image``.
         text_encoder: Name of the encoder of ``text``.
+        fingerprint: `latents_fingerprint` of all that was extracted with them, of a subset too.
     """
 
     image: Tensor
     text: Tensor
     caption_image: Tensor
+    caption_text: Tensor
     group: Tensor
     records: list[Record]
     image_encoder: str
     text_encoder: str
+    fingerprint: str
 
     @property
     def captions(self) -> list[str]:
@@ -74,7 +83,7 @@ class Latents:
         return [caption for record in self.records for caption in record.captions]
 
     def subset(self, split: str) -> Latents:
-        """Return the images of one split and their captions, with ``caption_image`` and ``group`` renumbered.
+        """Return the images of one split and their captions, numbered anew.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -97,6 +106,7 @@ class Latents:
             image=self.image[image_rows],
             text=self.text[caption_rows],
             caption_image=caption_image[caption_rows],
+            caption_text=self.caption_text[caption_rows].unique(return_inverse=True)[1],
             group=self.group[image_rows].unique(return_inverse=True)[1],
             records=[self.records[row] for row in rows],
         )
@@ -108,8 +118,15 @@ class Latents:
             image=self.image.to(device),
             text=self.text.to(device),
             caption_image=self.caption_image.to(device),
+            caption_text=self.caption_text.to(device),
             group=self.group.to(device),
         )
+
+
+def pairs_digest(latents: Latents) -> str:
+    """Digest of the images' names, groups and captions: equal where two evaluations ask the same."""
+    asked = [[record.key, record.group, record.captions] for record in latents.records]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def split_counts(records: Sequence[Record]) -> dict[str, int]:
@@ -203,13 +220,7 @@ def load_latents(directory: Path | str) -> Latents:
         ValueError: A file in it is damaged or of another format version.
     """
     directory = Path(directory)
-    path = directory / MANIFEST
-    if not path.is_file():
-        state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
-        raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
+    manifest = _read_manifest(directory)
     images, captions = manifest["images"], manifest["captions"]
     image = torch.empty(images, manifest["image_dim"])
     text = torch.empty(captions, manifest["text_dim"])
@@ -224,17 +235,52 @@ def load_latents(directory: Path | str) -> Latents:
         caption_image[first_caption:last_caption] = tensors["caption_image"] + first_image
         records += shard_records
         first_caption = last_caption
-    number: dict[str, int] = {}
-    group = [number.setdefault(record.group, len(number)) for record in records]
     return Latents(
         image=image,
         text=text,
         caption_image=caption_image,
-        group=torch.tensor(group, dtype=torch.int64),
+        caption_text=_numbers(caption_key(caption) for record in records for caption in record.captions),
+        group=_numbers(record.group for record in records),
         records=records,
         image_encoder=manifest["image_encoder"],
         text_encoder=manifest["text_encoder"],
+        fingerprint=_fingerprint(manifest),
     )
+
+
+def latents_fingerprint(directory: Path | str) -> str:
+    """Digest of latents, their captions, groups and splits, from their manifest alone.
+
+    Args:
+        directory: The folder with ``manifest.json``.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished latents.
+        ValueError: They are of another format version.
+    """
+    return _fingerprint(_read_manifest(Path(directory)))
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    parts = [manifest["image_encoder"], manifest["text_encoder"], *(entry["sha256"] for entry in manifest["shards"])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
+        raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format_version") not in _READABLE_VERSIONS:
+        raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
+    return manifest
+
+
+def _numbers(names: Iterable[str]) -> Tensor:
+    """Consecutive integers from 0, equal where names are, in the order of their first."""
+    number: dict[str, int] = {}
+    return torch.tensor([number.setdefault(name, len(number)) for name in names], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -305,6 +351,39 @@ def read_member(path: Path | str, member: str) -> bytes:
         return file.read(size)
 
 
+def split_location(location: str) -> tuple[str, str]:
+    """Split a record's location into the path of a file, and the member of the archive that it is, or ""."""
+    match = _IN_ARCHIVE.fullmatch(location)
+    return (match[1], match[2]) if match else (location, "")
+
+
+def image_size(location: str) -> int:
+    """Size in bytes of the image file at a record's location; raises as `image_bytes` does."""
+    path, member = split_location(location)
+    if not member:
+        return Path(path).stat().st_size
+    if path.lower().endswith(".parquet"):
+        return len(read_embedded(path, member))
+    members = tar_index(path).members
+    if member not in members:
+        raise FileNotFoundError(f"{path} has no member {member!r}")
+    return members[member][1]
+
+
+def image_bytes(location: str) -> bytes:
+    """Read the image file at a record's location.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    path, member = split_location(location)
+    if member:
+        return (read_embedded if path.lower().endswith(".parquet") else read_member)(path, member)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{location} does not exist")
+    return Path(path).read_bytes()
+
+
 def open_image(location: str) -> Image.Image:
     """Open the image at a record's ``location``.
 
@@ -319,13 +398,4 @@ def open_image(location: str) -> Image.Image:
         UnreadableError: It is no image, a damaged one, or one of too many pixels.
         OSError: The file cannot be read.
     """
-    path, is_member, member = location.partition(".tar::")
-    if is_member:
-        data = read_member(f"{path}.tar", member)
-    elif is_embedded(location):
-        data = read_embedded(location)
-    elif Path(location).is_file():
-        data = Path(location).read_bytes()
-    else:
-        raise FileNotFoundError(f"{location} does not exist")
-    return decode_picture(data)
+    return decode_picture(image_bytes(location))

@@ -14,11 +14,11 @@ import jinja2
 import torch
 from matplotlib.figure import Figure
 
+from modest_align_train.adapters import load_checkpoint
 from modest_align_train.evaluate import RECALLS, load_ranks, paired_difference
 from modest_align_train.examples import EXAMINED, EXAMPLES, FOUND_CAPTIONS, FOUND_IMAGES, find_examples, thumbnail
 from modest_align_train.figures import DIRECTION_LABELS, curves, legend, recall_figure, reliability_figure, to_svg
 from modest_align_train.files import write_file
-from modest_align_train.latents import load_latents
 from modest_align_train.runs import TrainedRun, load_run
 
 
@@ -48,7 +48,7 @@ def write_report(
 ) -> Path:
     """Write one HTML page that needs nothing else: pictures and plots are inside it.
 
-    A run without `evaluation.json` is evaluated on its test split first.
+    A run that was not evaluated on the test split with its checkpoint and latents as they are now is evaluated first.
 
     Args:
         runs: Run directories of `train`.
@@ -64,7 +64,8 @@ def write_report(
 
     Raises:
         FileNotFoundError: A run or given latents are not there.
-        ValueError: No run is given, or the rows of the table differ in length.
+        ValueError: No run is given, the runs were not evaluated on the same images and captions, other latents were
+            extracted into the place of a run's own, or the rows of the table differ in length.
     """
     if not runs:
         raise ValueError("runs must name at least one run directory, got none")
@@ -73,10 +74,16 @@ def write_report(
         raise ValueError(f"table must have rows of one length, the header first, got lengths {lengths}")
     paths = [Path(run) for run in runs]
     loaded = [load_run(path, name, latents) for path, name in zip(paths, _short_names(paths), strict=True)]
+    for run in loaded[1:]:
+        if run.evaluation["pairs"] != loaded[0].evaluation["pairs"]:
+            raise ValueError(
+                f"runs must be evaluated on the same images and captions, but {loaded[0].name} and {run.name} "
+                "were not: name latents for all by --latents, or make a report of each"
+            )
     best = max(loaded, key=_mean_recall)
     examples, encoders, no_examples = None, None, None
     try:
-        store = load_latents(latents or best.settings.latents)
+        store = load_checkpoint(best.path).load_latents(latents)
         encoders = (store.image_encoder, store.text_encoder)
         examples = find_examples(best.path, store.subset(best.evaluation["split"]))
     except FileNotFoundError as reason:
@@ -172,13 +179,11 @@ def _recall_table(runs: Sequence[TrainedRun]) -> list[list[str]]:
 
 
 def _differences(runs: Sequence[TrainedRun]) -> list[list[str]]:
-    """Gain in mean R@1 of each run over the first, where both ranked the same queries; the header first."""
+    """Gain in mean R@1 of each run over the first; the header first."""
     found = [["run", f"R@1 over {runs[0].name}", "from", "to"]]
     for run in runs[1:]:
-        try:
-            gain = paired_difference([load_ranks(run.path)], [load_ranks(runs[0].path)])
-        except (FileNotFoundError, ValueError):
-            continue
+        ranks, first = ([load_ranks(one.path, one.evaluation["ranks"])] for one in (run, runs[0]))
+        gain = paired_difference(ranks, first)
         found.append([run.name, *(f"{gain[n]:+.1f}".replace("-", "−") for n in ("value", "low", "high"))])
     return found if len(found) > 1 else []
 

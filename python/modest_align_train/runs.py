@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modest_align_train.evaluate import evaluate
+from modest_align_train.evaluate import load_evaluation
 from modest_align_train.settings import Settings, run_settings
 
 
@@ -34,7 +34,7 @@ class TrainedRun:
 
 
 def load_run(path: Path, name: str | None = None, latents: Path | str | None = None) -> TrainedRun:
-    """Load what a run left; one without `evaluation.json` is evaluated on its test split first.
+    """Load what a run left; it is evaluated on the test split first, unless it was with what is there now.
 
     Args:
         path: Run directory.
@@ -43,10 +43,10 @@ def load_run(path: Path, name: str | None = None, latents: Path | str | None = N
 
     Raises:
         FileNotFoundError: There is no such run.
+        ValueError: Other latents were extracted into the place of those that it was trained on.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"run {path} does not exist")
-    stored = path / "evaluation.json"
     lines = list(_read_log(path / "log.jsonl"))
     return TrainedRun(
         name=name or path.name,
@@ -54,7 +54,7 @@ def load_run(path: Path, name: str | None = None, latents: Path | str | None = N
         settings=run_settings(path),
         steps=[line for line in lines if "loss" in line],
         validations={line["step"]: line["validation"] for line in lines if "validation" in line},
-        evaluation=json.loads(stored.read_text("utf-8")) if stored.is_file() else evaluate(path, latents=latents),
+        evaluation=load_evaluation(path, latents=latents),
     )
 
 

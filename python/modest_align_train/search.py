@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from modest_align_train.adapters import load_aligner
+from modest_align_train.adapters import load_checkpoint
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
-from modest_align_train.latents import load_latents, open_image
+from modest_align_train.latents import open_image
 from modest_align_train.pictures import IMAGE_SUFFIXES
-from modest_align_train.settings import run_settings
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -76,8 +75,8 @@ def search(
     image = None
     if os.path.isfile(query) or query.lower().endswith(IMAGE_SUFFIXES):
         image = _open_query(query)
-    aligner = load_aligner(run)
-    store = load_latents(latents or run_settings(run).latents)
+    checkpoint = load_checkpoint(run)
+    aligner, store = checkpoint.aligner, checkpoint.load_latents(latents)
     if split is not None:
         store = store.subset(split)
     if image is not None:

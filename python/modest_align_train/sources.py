@@ -6,20 +6,21 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modest_align_train.latents import Record, read_member, tar_index
+from modest_align_train.identity import image_file, settle
+from modest_align_train.latents import Record, read_member, split_location, tar_index
 from modest_align_train.pictures import IMAGE_SUFFIXES
 from modest_align_train.samples import TEXT_SUFFIXES, Sample, group_samples, sample_key
 from modest_align_train.skips import Skipped
 from modest_align_train.tables import (
     TABLE_SUFFIXES,
     Row,
-    is_embedded,
     is_missing,
     is_utf8,
     list_as_text,
@@ -59,11 +60,13 @@ class Source:
         records: One per image, in the order of the source.
         skipped: What had to be left out or mended already.
         split_rule: Where the splits come from, in words.
+        found: What else a person should know, a sentence each: equal images, what splits share, a column not used.
     """
 
     records: list[Record]
     skipped: list[Skipped]
     split_rule: str
+    found: list[str]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class _Pair:
 
 
 def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """List the files that a source names, with their absolute paths.
+    """List the files that a source names, each once, with their absolute paths.
 
     Args:
         source: A file, a folder, a glob (``"pairs-*.tar"``), or a list of these. Of a folder its tars; else tables
@@ -102,7 +105,9 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
             if not found:
                 raise FileNotFoundError(f"source {one} does not exist")
         files += [file.absolute() for file in found]
+    unique: dict[str, Path] = {}
     for path in files:
+        unique.setdefault(os.path.realpath(path), path)
         if not path.is_dir() and path.suffix.lower() not in (".tar", *TABLE_SUFFIXES):
             raise ValueError(
                 f"source must be .tar, {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}, "
@@ -110,7 +115,7 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
             )
     if not files:
         raise ValueError("source must name at least one file, got an empty list")
-    return files
+    return list(unique.values())
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -151,12 +156,6 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def hash_split(group: str) -> str:
-    """Split of a group that has none declared: 80% train, 10% validation, 10% test, always the same."""
-    bucket = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") % 10
-    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
-
-
 def read_source(
     source: str | Path | Sequence[str | Path],
     *,
@@ -164,22 +163,26 @@ def read_source(
     image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
     image_root: Path | str | None = None,
+    group_column: str | None = None,
 ) -> Source:
-    """Read what a source says about its images, without opening them.
+    """Read what a source says about its images, without decoding them.
+
+    An image is its file, or its archive and member, however its path is spelled.
 
     The kind is told by the extension:
 
     - ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.parquet``: a column with the image's path (in Parquet
       it may hold the image, as ``{bytes, path}``), one or more with captions (a cell may be a list of them), and
-      optionally columns ``split`` and ``group``. Rows of the same path are captions of one image.
+      optionally a column ``split``. Rows of one image are captions of it.
     - ``.tar``, or a folder of pictures with texts beside: WebDataset, as `group_samples` has it; captions come from
-      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, ``"group"``, or from ``.txt``, one a line.
+      ``.json`` with ``"captions"`` or ``"caption"``, ``"split"``, or from ``.txt``, one a line.
     - ``.json``: ``{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}``, the Karpathy splits of
       COCO and Flickr; ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``, COCO's
       captions; or rows, as a list or as in JSONL.
 
     Without declared splits the names of all files, or of the folders of all images, tell them, if they name "train"
-    and another; else each group goes to train, validation or test (80/10/10) by a hash of its name.
+    and another; else they go to train, validation or test (80/10/10) by a hash of their names, those that
+    `settle` ties together to the same.
 
     Args:
         source: A file, a folder, a glob, or a list of these, as `find_files` takes them.
@@ -187,6 +190,8 @@ def read_source(
         image_column: Column with the image's path; found by its name if None.
         caption_column: Column or columns with captions; found by their names if None.
         image_root: Folder that relative image paths start from; that of the source file if None.
+        group_column: Column, or field of a tar's ``.json``, whose equal values say that images show the same thing;
+            if None, only images of equal files are taken to do so.
 
     Raises:
         FileNotFoundError: The source is not there.
@@ -197,12 +202,13 @@ def read_source(
         split = _split_name(split, "the argument")
     skipped: list[Skipped] = []
     pairs: dict[str, _Pair] = {}
+    said: list[str] = []
     named: dict[str, str | None] = {}
     for path in files:
         if path.is_dir():
-            found: Iterable[_Pair] = _read_folder(path, skipped)
+            found: Iterable[_Pair] = _read_folder(path, skipped, group_column, said)
         elif path.suffix.lower() == ".tar":
-            found = _read_tar(path, skipped)
+            found = _read_tar(path, skipped, group_column, said)
         else:
             root = Path(image_root) if image_root is not None else path.parent
             try:
@@ -216,14 +222,12 @@ def read_source(
             if isinstance(rows, dict):
                 found = (_read_coco if "annotations" in rows else _read_karpathy)(path, rows, root, skipped)
             else:
-                found = _read_table(path, rows, root, image_column, caption_column, skipped)
+                found = _read_table(path, rows, root, image_column, caption_column, group_column, skipped, said)
         for pair in found:
-            known = pairs.setdefault(pair.key, pair)
+            known = pairs.setdefault(image_file(pair.location), pair)
             if known is pair:
-                named[pair.key] = _split_in_names(path, pair.key)
+                named[pair.location] = _split_in_names(path, pair.key)
                 continue
-            if known.location != pair.location or path.suffix.lower() == ".tar":
-                raise ValueError(f"{pair.origin} and {known.origin} are two images of the same key {pair.key!r}")
             if (known.split, known.group) != (pair.split, pair.group):
                 raise ValueError(f"{pair.origin} has another split or group than {known.origin} for the same image")
             known.captions.extend(pair.captions)
@@ -234,6 +238,8 @@ def read_source(
     splits_named = set(named.values())
     by_name = None not in splits_named and len(splits_named) > 1 and "train" in splits_named
     by_name = by_name and not any(pair.split for pair in pairs.values())
+    images_of_key = Counter(pair.key for pair in pairs.values())
+    shared_folder = os.path.commonpath([path.parent for path in files])
     for pair in pairs.values():
         mended = [mend(caption) for caption in pair.captions]
         captions = tuple(" ".join(caption.split()) for caption in mended if not is_missing(caption))
@@ -245,20 +251,26 @@ def read_source(
             skipped.append(Skipped(pair.location, "an empty caption" if captions else "no caption"))
         if not captions:
             continue
-        group = pair.group or pair.key
+        key = pair.key
+        if images_of_key[key] > 1:
+            # Not the whole path, so that a default split stays the same where the data are moved.
+            key = os.path.relpath(pair.location, shared_folder)
+            key = pair.location if key in images_of_key else key
         if split is not None:
             name = split
         elif pair.split:
             name = _split_name(pair.split, pair.origin)
             declared += 1
         elif by_name:
-            name = str(named[pair.key])
+            name = str(named[pair.location])
         else:
-            name = hash_split(group)
+            name = ""
             undeclared = undeclared or pair
-        records.append(Record(pair.key, captions, name, group, pair.location))
+        records.append(Record(key, captions, name, pair.group or key, pair.location))
     if split is None and undeclared is not None and declared:
         raise ValueError(f"{undeclared.origin} has no split, but other images have: give all of them one, or none")
+    if group_column and not any(pair.group for pair in pairs.values()):
+        raise ValueError(f"group_column must name a column that has values, got {group_column!r}, which has none")
     if not records:
         raise ValueError(f"source {source} holds no image with a caption{_example(skipped)}")
     if split is not None:
@@ -268,8 +280,9 @@ def read_source(
     elif by_name:
         rule = "as the files or their folders are named"
     else:
-        rule = "none declared by the source: 80/10/10 by a hash of each image's group"
-    return Source(records, skipped, rule)
+        rule = "none declared by the source: 80/10/10 by a hash of names, equal images and captions kept together"
+    records, sentences = settle(records)
+    return Source(records, skipped, rule, said + sentences)
 
 
 def _split_in_names(path: Path, key: str) -> str | None:
@@ -295,7 +308,9 @@ def _read_table(
     root: Path,
     image_column: str | None,
     caption_column: str | Sequence[str] | None,
+    group_column: str | None,
     skipped: list[Skipped],
+    said: list[str],
 ) -> Iterator[_Pair]:
     if not rows:
         raise ValueError(f"{path} must hold rows with named columns, got none{_example(skipped)}")
@@ -308,7 +323,9 @@ def _read_table(
         names = [caption_column] if isinstance(caption_column, str) else caption_column
         captions = [_find_column(path, columns, (), "caption", name) for name in names]
     split = _find_column(path, columns, SPLIT_COLUMNS, None, None)
-    group = _find_column(path, columns, GROUP_COLUMNS, None, None)
+    group = _find_column(path, columns, (), "group", group_column) if group_column else ""
+    if not group:
+        _note_unused_group(said, columns, str(path))
     for origin, row in rows:
         name = row.get(image)
         if is_missing(name) or not isinstance(name, str):
@@ -331,7 +348,7 @@ def _read_table(
 
 
 def _key(path: Path, name: str) -> str:
-    if is_embedded(name):
+    if split_location(name)[0].lower().endswith(".parquet"):
         return f"{path.stem}/{name.rpartition('/')[2]}"
     # There is one such table a folder, with names of its own.
     return f"{path.parent.name}/{name}" if path.stem == "metadata" else name
@@ -414,7 +431,14 @@ def _read_karpathy(path: Path, content: dict[str, Any], root: Path, skipped: lis
             raise ValueError(f'{origin} must have "filename", "split" and "sentences" with "raw"') from None
 
 
-def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
+def _note_unused_group(said: list[str], columns: Iterable[str], origin: str) -> None:
+    """Say, once a source, that what looks like groups is not used."""
+    column = next((name for name in columns if name.lower() in GROUP_COLUMNS), None)
+    if column and not said:
+        said.append(f"the column {column!r} of {origin} is not used: --group-column {column} would take it for groups")
+
+
+def _read_tar(path: Path, skipped: list[Skipped], group_column: str | None, said: list[str]) -> Iterator[_Pair]:
     try:
         index = tar_index(path)
     except ValueError as error:
@@ -424,17 +448,23 @@ def _read_tar(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
         skipped.append(Skipped(str(path), "a damaged file", f"after {len(index.members)} members: {index.error}"))
     skipped += [Skipped(f"{path}::{name}", reason) for name, reason in index.left_out]
     samples = group_samples(index.members, skipped, f"{path}::")
-    return _read_samples(samples, skipped, f"{path}::", partial(read_member, path), f"{path.stem}/")
+    return _read_samples(samples, skipped, f"{path}::", partial(read_member, path), f"{path.stem}/", group_column, said)
 
 
-def _read_folder(path: Path, skipped: list[Skipped]) -> Iterator[_Pair]:
+def _read_folder(path: Path, skipped: list[Skipped], group_column: str | None, said: list[str]) -> Iterator[_Pair]:
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     samples = group_samples(names, skipped, f"{path}/")
-    return _read_samples(samples, skipped, f"{path}/", lambda name: (path / name).read_bytes(), "")
+    return _read_samples(samples, skipped, f"{path}/", lambda name: (path / name).read_bytes(), "", group_column, said)
 
 
 def _read_samples(
-    samples: Iterable[Sample], skipped: list[Skipped], prefix: str, read: Callable[[str], bytes], key_prefix: str
+    samples: Iterable[Sample],
+    skipped: list[Skipped],
+    prefix: str,
+    read: Callable[[str], bytes],
+    key_prefix: str,
+    group_column: str | None,
+    said: list[str],
 ) -> Iterator[_Pair]:
     for sample in samples:
         origin = f"{prefix}{sample.key}"
@@ -453,13 +483,15 @@ def _read_samples(
         except (OSError, ValueError) as error:
             skipped.append(Skipped(origin, "no caption that can be read", str(error)))
             continue
+        if group_column is None:
+            _note_unused_group(said, fields, prefix.rstrip(":/"))
         if lines and captions and [line.split() for line in lines] != [caption.split() for caption in captions]:
             skipped.append(Skipped(prefix + sample.texts[".txt"], "other captions than the .json's, which count"))
         yield _Pair(
             key=key_prefix + sample.key,
             captions=captions or lines or [],
             split=_optional(fields, "split"),
-            group=_optional(fields, "group"),
+            group=_optional(fields, group_column) if group_column else None,
             location=prefix + sample.image,
             origin=origin,
         )

@@ -22,7 +22,6 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its cells by 
 _SEPARATORS = (",", ";", "\t", "|")
 # A quote that is not closed within so many lines was not meant to open a cell.
 _LINES_A_CELL = 100
-_EMBEDDED = re.compile(r"(.*\.parquet)::(.*)/(\d+)", re.IGNORECASE | re.DOTALL)
 _MISSING = {"", "nan", "null", "none", "<na>"}
 _LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})\s*,?\s*)*\]", re.DOTALL)
@@ -245,18 +244,13 @@ def _read_parquet(path: Path, skipped: list[Skipped]) -> list[Row]:
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def is_embedded(location: str) -> bool:
-    """Whether a location is that of a picture in a Parquet file: ``"path/to.parquet::column/row"``."""
-    return bool(_EMBEDDED.fullmatch(location))
-
-
-def read_embedded(location: str) -> bytes:
-    """Read a picture that is in a Parquet file.
+def read_embedded(path: str, place: str) -> bytes:
+    """Read a picture that is in a Parquet file, at ``"column/row"``.
 
     Raises:
         FileNotFoundError: There is no such file, or its row holds no picture.
     """
-    path, column, row = _EMBEDDED.fullmatch(location).groups()
+    column, _, row = place.rpartition("/")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     modified, rest = Path(path).stat().st_mtime_ns, int(row)
@@ -267,7 +261,7 @@ def read_embedded(location: str) -> bytes:
                 return picture["bytes"]
             break
         rest -= rows
-    raise FileNotFoundError(f"{location} holds no picture")
+    raise FileNotFoundError(f"{path}::{place} holds no picture")
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import recalls, retrieval_ranks, validation_score
 from modest_align_train.files import atomic_path, write_file
-from modest_align_train.latents import Latents, load_latents
+from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.settings import Settings, run_settings
 
 __all__ = ["Aligner", "load_aligner", "train"]
@@ -47,7 +47,8 @@ def train(settings: Settings, *, progress: bool = True) -> Path:
         `best.pt` (the highest mean of R@1, R@5 and R@10, both ways, on the validation split).
 
     Raises:
-        ValueError: A setting is of the wrong type, out of range, or differs from those of the run to resume.
+        ValueError: A setting is of the wrong type, out of range, or differs from those of the run to resume; the
+            latents are not those that it was trained on.
         FileNotFoundError: There are no latents.
         FloatingPointError: The loss or a weight is no longer finite; the last good checkpoint is kept.
     """
@@ -118,6 +119,7 @@ class Run:
 
     def __init__(self, settings: Settings, latents: Latents, device: torch.device) -> None:
         self.settings, self.directory, self.device = settings, settings.output, device
+        self.fingerprint = latents.fingerprint
         self.batches = Batches(latents.subset("train"), settings, device)
         self.validation: Latents | None = None
         if any(record.split == "validation" for record in latents.records):
@@ -148,6 +150,7 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "step": self.step,
+            "latents": self.fingerprint,
             "best": self.best,
             "seconds": time.perf_counter() - self.start,
             "losses": torch.tensor(self._finite_losses()),
@@ -211,6 +214,7 @@ class Run:
     def _save_best(self) -> None:
         state = {
             "step": self.step,
+            "latents": self.fingerprint,
             "image_dim": self.aligner.image_adapter.features,
             "text_dim": self.aligner.text_adapter.features,
             "model": self.aligner.state_dict(),
@@ -351,7 +355,7 @@ def training_step(
 
 
 def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any] | None:
-    """Load the run's `last.pt`, if there is one, once its settings are seen to be the same."""
+    """Load the run's `last.pt`, if there is one, once its settings and its latents are seen to be the same."""
     run = settings.output
     if not (run / "last.pt").is_file():
         return None
@@ -364,7 +368,15 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any]
                 f"{name} is {now!s} but {before!s} in the run stored in {run}: "
                 f"take the stored value to go on with it, or another output"
             )
-    return torch.load(run / "last.pt", map_location=device, weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    trained_on = checkpoint.get("latents")
+    if trained_on != latents_fingerprint(settings.latents):
+        why = "they were extracted again" if trained_on else "or an earlier version trained it, which did not note them"
+        raise ValueError(
+            f"latents {settings.latents} are not those that the run stored in {run} was trained on, {why}: "
+            "take another --output, or delete the run"
+        )
+    return checkpoint
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
