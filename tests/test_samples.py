@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from train_data import write_tar
 
-from modest_align_train.latents import open_image
+from modest_align_train.latents import image_bytes, open_image
 from modest_align_train.sources import find_files, fingerprint, read_source
 
 
@@ -144,6 +144,7 @@ def test_a_damaged_shard_costs_itself_alone(tmp_path, content):
         {"0/a": ("0.tar::a.jpg", ("one",)), "2/a": ("2.TAR::a.jpg", ("two",))},
         {"1.tar": "a damaged file"},
     )
+    assert image_bytes(f"{tmp_path}/2.TAR::a.txt") == b"two"
     with pytest.raises(ValueError, match=r"holds no image with a caption \(.*1\.tar: a damaged file \([^\n]*\)\)$"):
         read_source(tmp_path / "1.tar")
 
@@ -155,6 +156,13 @@ def test_a_folder_has_changed_when_a_file_in_it_has(tmp_path):
     assert fingerprint([folder]) == before
     write_files(folder, {"a.txt": b"other"})
     assert fingerprint([folder]) != before
+
+
+def test_a_glob_of_folders(tmp_path):
+    for name in "ab":
+        write_files(tmp_path / name, {"x.jpg": b"", "x.txt": b"one"})
+    assert find_files(str(tmp_path / "*")) == [tmp_path / "a", tmp_path / "b"]
+    assert len(read_source(str(tmp_path / "*")).records) == 2
 
 
 def test_img2dataset(tmp_path):
@@ -275,11 +283,17 @@ def test_hugging_face_parquet(tmp_path):
 
 def test_text_that_is_no_unicode(tmp_path):
     path = tmp_path / "t.jsonl"
-    rows = [("a.png", "half \\ud83d of a smile"), ("b.png", "a \\ud83d\\ude00 smile"), ("\\udcfc.png", "x")]
+    rows = [
+        ("a.png", "half \\ud83d of a smile"),
+        ("b.png", "a \\ud83d\\ude00 smile"),
+        ("\\udcfc.png", "x"),
+        ("\\ud83d\\u0000", ""),
+    ]
     path.write_text("".join(f'{{"image": "{image}", "caption": "{caption}"}}\n' for image, caption in rows))
     source = read_source(path)
     assert [record.captions for record in source.records] == [("half \ufffd of a smile",), ("a 😀 smile",)]
-    assert [str(one).removeprefix(f"{tmp_path}/") for one in source.skipped] == [
+    assert sorted(str(one).removeprefix(f"{tmp_path}/") for one in source.skipped) == [
         "a.png: a caption that was no Unicode text, mended",
-        "\ufffd.png: a name that is not UTF-8",
+        "\ufffd\0: a name that is not UTF-8, or holds a zero byte",
+        "\ufffd.png: a name that is not UTF-8, or holds a zero byte",
     ]

@@ -96,15 +96,11 @@ def find_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for one in [source] if isinstance(source, (str, Path)) else source:
         path = Path(one)
-        if path.is_dir():
-            found = _files_of_folder(path)
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in glob.glob(str(one)))
-            if not found:
-                raise FileNotFoundError(f"source {one} does not exist")
-        files += [file.absolute() for file in found]
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(one))))
+        if not matches:
+            raise FileNotFoundError(f"source {one} does not exist")
+        for match in matches:
+            files += [file.absolute() for file in (_files_of_folder(match) if match.is_dir() else [match])]
     unique: dict[str, Path] = {}
     for path in files:
         unique.setdefault(os.path.realpath(path), path)
@@ -224,6 +220,9 @@ def read_source(
             else:
                 found = _read_table(path, rows, root, image_column, caption_column, group_column, skipped, said)
         for pair in found:
+            if "\0" in pair.location or not is_utf8(pair.location):
+                skipped.append(Skipped(mend(pair.location), "a name that is not UTF-8, or holds a zero byte"))
+                continue
             known = pairs.setdefault(image_file(pair.location), pair)
             if known is pair:
                 named[pair.location] = _split_in_names(path, pair.key)
@@ -243,9 +242,6 @@ def read_source(
     for pair in pairs.values():
         mended = [mend(caption) for caption in pair.captions]
         captions = tuple(" ".join(caption.split()) for caption in mended if not is_missing(caption))
-        if not is_utf8(pair.key + pair.location):
-            skipped.append(Skipped(mend(pair.location), "a name that is not UTF-8"))
-            continue
         skipped += [Skipped(pair.location, _MENDED) for caption in pair.captions if not is_utf8(caption)]
         if len(captions) < len(pair.captions) or not captions:
             skipped.append(Skipped(pair.location, "an empty caption" if captions else "no caption"))

@@ -10,7 +10,6 @@ import sys
 from ast import literal_eval
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
     while start < len(lines):
         origin = f"{path} line {start + 1}"
         reader = csv.reader(
-            islice(lines, start, start + _LINES_A_CELL), delimiter=separator, strict=True, skipinitialspace=True
+            lines[start : start + _LINES_A_CELL], delimiter=separator, strict=True, skipinitialspace=True
         )
         damage = ""
         try:
