@@ -35,7 +35,6 @@ def chunk(name, content, checksum=None):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
     ("values", "dtype", "shown"),
     [
@@ -51,12 +50,11 @@ def chunk(name, content, checksum=None):
         ([0, 0, 0, 0], np.float32, [0, 0, 0, 0]),
     ],
 )
-def test_deep_pictures(kind, values, dtype, shown):
-    if kind == "PNG" and dtype != np.uint16:
-        pytest.skip("PNG has 16 bits at most")
-    image = decode_picture(saved(Image.fromarray(np.array([values], dtype)), kind))
-    assert image.mode == "RGB"
-    assert np.asarray(image)[0].tolist() == [pytest.approx([value] * 3, abs=1) for value in shown]
+def test_deep_pictures(values, dtype, shown):
+    for kind in ("TIFF", "PNG")[: 1 + (dtype == np.uint16)]:  # PNG has 16 bits at most
+        image = decode_picture(saved(Image.fromarray(np.array([values], dtype)), kind))
+        assert image.mode == "RGB"
+        assert np.asarray(image)[0].tolist() == [pytest.approx([value] * 3, abs=1) for value in shown]
 
 
 @pytest.mark.parametrize("profile", [None, b"no profile"])
@@ -64,6 +62,24 @@ def test_deep_pictures(kind, values, dtype, shown):
 def test_cmyk(kind, profile):
     data = saved(Image.new("RGB", (16, 16), RED).convert("CMYK"), kind, icc_profile=profile)
     assert decode_picture(data).getpixel((8, 8)) == pytest.approx(RED, abs=3)
+
+
+def grey_profile():
+    """An ICC profile of a printer on grey, Lab (60, 0, 0), that has no ink but black."""
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (row == column) for row in range(3) for column in range(3)))
+    grid = bytes([153, 128, 128, 0, 128, 128]) * 2**3  # without black, with it
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + identity * 4 + grid + identity * 3
+    header = struct.pack(">I4sI4s4s4s12s4s", 0, b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ", bytes(12), b"acsp")
+    header += bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D) + bytes(48)
+    content = header + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+    return struct.pack(">I", len(content)) + content[4:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_with_a_profile(kind):
+    data = saved(Image.new("RGB", (16, 16), RED).convert("CMYK"), kind, icc_profile=grey_profile())
+    assert decode_picture(data).getpixel((8, 8)) == pytest.approx((145, 145, 145), abs=3)
 
 
 BROKEN = {
