@@ -46,6 +46,7 @@ def test_spaces_and_empty_rows(tmp_path):
         (b"\n\n", "is empty: a table starts with the names of its columns"),
         (b"image,caption,Caption,caption\na.png,x,y,z\n", "must name each column once, got 'caption' twice"),
         (b'"image,caption\na.png,x\n', "line 1 must be the names of columns, got damaged quotes"),
+        (b"image,caption\na.png,x, y\nb.png,z\nc.png,u, v\n", "must be a table, got 2 damaged rows of 3: "),
         (b"a.png,a dog\nb.png,a cat\n", "has no image column that is known by its name"),
     ],
 )
@@ -92,6 +93,9 @@ def test_quotes_in_a_table_that_does_not_quote(tmp_path):
         ("['a dog' 'a cat']", ("a dog", "a cat")),
         ("['a dog'\n 'a cat']", ("a dog", "a cat")),
         ("[a dog]", ("[a dog]",)),
+        (r"['a \xno dog']", (r"['a \xno dog']",)),
+        # Ends at all only if no part of the pattern can match one text in two ways.
+        ("['a'" + "  'b'" * 60 + " x]", ("['a'" + " 'b'" * 60 + " x]",)),
         ("['a dog'] and more", ("['a dog'] and more",)),
     ],
 )

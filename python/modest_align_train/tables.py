@@ -9,6 +9,7 @@ import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _SEPARATORS = (",", ";", "\t", "|")
 _LINES_A_CELL = 100
 _MISSING = {"", "nan", "null", "none", "<na>"}
 _LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})\s*,?\s*)*\]", re.DOTALL)
+_LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})(?:\s*,)?\s*)*\]", re.DOTALL)
 
 
 def read_table(path: Path, skipped: list[Skipped]) -> list[Row] | dict[str, Any]:
@@ -94,11 +95,12 @@ def list_as_text(cell: str) -> list[str]:
     text = cell.strip()
     if not _LIST_AS_TEXT.fullmatch(text):
         return [cell]
-    try:
+    with suppress(ValueError):
         return list(map(str, json.loads(text)))
-    except ValueError:
+    with suppress(ValueError, SyntaxError):
         # One by one, because Python joins strings that stand side by side, as NumPy writes them.
         return [str(literal_eval(literal.replace("\n", "\\n"))) for literal in re.findall(_LITERAL, text, re.DOTALL)]
+    return [cell]
 
 
 def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
@@ -113,6 +115,7 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
     separator = excel[1] if excel else _find_separator(path, lines[start])
     rows: list[Row] = []
     header: list[str] = []
+    skipped_before = len(skipped)
     while start < len(lines):
         origin = f"{path} line {start + 1}"
         reader = csv.reader(
@@ -149,6 +152,10 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
                 skipped.append(Skipped(origin, "surplus or missing cells", wanted))
             else:
                 rows.append((origin, dict(zip(header, cells, strict=True))))
+    damaged = skipped[skipped_before:]
+    if len(damaged) > len(rows):
+        total = len(damaged) + len(rows)
+        raise ValueError(f"{path} must be a table, got {len(damaged):,} damaged rows of {total:,}: {damaged[0]}")
     return rows
 
 
