@@ -11,7 +11,7 @@ from torch import nn
 
 from modest_align_train import encoders
 from modest_align_train.devices import choose_device
-from modest_align_train.encoders import load_image_encoder, load_text_encoder, local_files
+from modest_align_train.encoders import CUT, UNREAD, load_image_encoder, load_text_encoder, local_files
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "red", "on", "mat"]
 CAPTIONS = ["a dog", "cat", "a red cat on a red mat on a mat"]
@@ -99,6 +99,12 @@ def test_minilm_is_bert_with_mean_pooling(minilm):
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
 
+def test_minilm_tells_captions_that_it_cannot_read(minilm):
+    captions = ["a dog", "🦩🦩", "a 🦩", "hello " * 254, "hello " * 255, "ꦲꦏ꧀ꦱꦫ"]
+    assert minilm.faults(captions) == ["", UNREAD, "", "", CUT, UNREAD]
+    assert torch.equal(minilm(captions)[1], minilm(captions)[5])
+
+
 def test_minilm_from_several_threads(minilm):
     captions = [f"{'dog ' * (number % 9)}number {number}" for number in range(64)]
     assert minilm.concurrent
@@ -144,6 +150,7 @@ def test_open_clip(tmp_path):
         torch.testing.assert_close(images.encode(pixels), model.encode_image(torch.stack(pixels)))
         tokens = open_clip.get_tokenizer("tiny-clip")(CAPTIONS)
         torch.testing.assert_close(texts(CAPTIONS), model.encode_text(tokens))
+    assert texts.faults(["a dog", "🦩", " ", "dog " * 14, "dog " * 15]) == ["", "", UNREAD, "", CUT]
     with pytest.raises(ValueError, match=r"must end in :PRETRAINED, a checkpoint file or a tag \(.*laion2b_s34b_b79k"):
         load_image_encoder("open_clip:ViT-B-32", "cpu")
     with pytest.raises(ValueError, match=r"encoder open_clip:no-such-net:x could not be loaded"):
@@ -161,6 +168,7 @@ def test_transformers_text(bert):
         expected = [model(**tokenizer(one, return_tensors="pt")).last_hidden_state.mean(1) for one in CAPTIONS]
     torch.testing.assert_close(encoder(CAPTIONS), torch.cat(expected), atol=1e-5, rtol=1e-5)
     assert encoder.dim == 16
+    assert encoder.faults(["a dog", "🦩 owl", "an owl on", "dog " * 255]) == ["", UNREAD, "", CUT]
     with pytest.raises(ValueError, match=r"encoder transformers:no/such-model could not be loaded: "):
         load_text_encoder("transformers:no/such-model", "cpu")
 
@@ -172,6 +180,7 @@ def test_sentence_transformers(bert, tmp_path):
     model.save(str(tmp_path))
     encoder = load_text_encoder(f"sentence-transformers:{tmp_path}", "cpu")
     torch.testing.assert_close(encoder(CAPTIONS), model.encode(CAPTIONS, convert_to_tensor=True))
+    assert encoder.faults(["a dog", "🦩 owl", "dog " * 600]) == ["", UNREAD, CUT]
     torch.testing.assert_close(
         encoder(CAPTIONS), load_text_encoder(f"transformers:{bert}", "cpu")(CAPTIONS), atol=1e-5, rtol=1e-5
     )

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 from train_data import write_tar
 
 from modest_align_train import extract as module
-from modest_align_train.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from modest_align_train.encoders import CUT, ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from modest_align_train.extract import extract
 from modest_align_train.latents import (
     MANIFEST,
@@ -267,14 +269,42 @@ def test_unreadable_images_are_reported_and_left_out(tmp_path, counters, capsys)
     (tmp_path / "17.png").unlink()
     latents = extract(table, tmp_path / "latents", shard_size=5)
     check(latents, [0, 1, 16])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
-    assert len(lines) == 11
-    assert lines[0] == f"skipped {tmp_path}/2.png: not an image"
-    assert lines[-1] == "skipped 5 more; manifest.json lists all"
-    skipped = json.loads((tmp_path / "latents" / MANIFEST).read_text())["skipped"]
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(lines) == 7
+    assert lines[0] == f"note: {tmp_path}/2.png: not an image"
+    table = [
+        "left out or mended, all listed in manifest.json:",
+        " 7  not an image",
+        " 7  damaged image",
+        " 1  no such file",
+    ]
+    assert "\n".join(table) in out
+    manifest = json.loads((tmp_path / "latents" / MANIFEST).read_text())
+    assert manifest["skipped_by_reason"] == {"not an image": 7, "damaged image": 7, "no such file": 1}
+    skipped = manifest["skipped"]
     assert [one["location"] for one in skipped] == [f"{tmp_path}/{number}.png" for number in (*damaged, 17)]
     assert skipped[-1]["reason"] == "no such file"
     assert all(one["reason"] for one in skipped)
+
+
+def test_faulty_captions_are_kept_and_counted(tmp_path, counters, monkeypatch, capsys):
+    load = module.load_text_encoder
+
+    def load_texts(name, device):
+        return replace(load(name, device), faults=lambda captions: [CUT * ("more" in one) for one in captions])
+
+    monkeypatch.setattr(module, "load_text_encoder", load_texts)
+    table = write_pairs(tmp_path, 9, damaged=[5])
+    counters.interrupt_after = 7
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, tmp_path / "latents", shard_size=4, progress=False)
+    counters.interrupt_after = None
+    check(extract(table, tmp_path / "latents", shard_size=4), [0, 1, 2, 3, 4, 6, 7, 8])
+    manifest = json.loads((tmp_path / "latents" / MANIFEST).read_text())
+    assert manifest["skipped_by_reason"] == {CUT: 2, "damaged image": 1}
+    assert [Path(one["location"]).name for one in manifest["skipped"]] == ["5.png", "2.png", "8.png"]
+    assert f"note: {tmp_path}/8.png: {CUT}" in capsys.readouterr().out
 
 
 def test_no_image_at_all(tmp_path, counters):

@@ -122,11 +122,19 @@ def test_bad_input_gets_one_sentence(run, query, keywords, error, sentence):
     assert sentence in str(caught.value)
 
 
-def test_unreadable_image_gets_one_sentence(run, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"broken\.png is not an image that can be read"):
-        search(run, str(broken))
+@pytest.mark.parametrize("content", [b"not a picture", b"\x89PNG\r\n\x1a\n", b""])
+def test_unreadable_image_gets_one_sentence(run, tmp_path, content):
+    for name in ("broken.png", "no_suffix"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is not an image that can be read: [^\n]*$"):
+            search(run, str(tmp_path / name))
+
+
+def test_an_image_is_told_by_its_content(run, tmp_path):
+    query = tmp_path / "picture"
+    query.write_bytes((run.parent / "latents" / "3.png").read_bytes())
+    assert search(run, str(query))[0].captions == ("yellow square 3",)
+    assert len(search(run, "blue square 2", top=1)) == 1
 
 
 def test_an_untrained_run_gets_one_sentence(tmp_path):

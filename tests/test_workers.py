@@ -135,7 +135,7 @@ def test_shards_are_shared_out_and_an_interrupted_extraction_goes_on(tmp_path) -
     run(2, table, shared, module="tests.extract_program")
     assert {path.name: path.read_bytes() for path in shared.iterdir()} == expected
     manifest = json.loads((shared / MANIFEST).read_text())
-    shards = [{**shard, "records": 3, "skipped": []} for shard in manifest["shards"][:4]]
+    shards = [{**shard, "records": 3, "skipped": [], "faulty": []} for shard in manifest["shards"][:4]]
     shards[2]["skipped"] = manifest["skipped"]  # the seventh image
     partial = {**manifest, "shards": shards}
     (shared / PARTIAL_MANIFEST).write_text(json.dumps(partial))

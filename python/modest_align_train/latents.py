@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from modest_align_train.answers import caption_key
 from modest_align_train.files import write_file, write_json
+from modest_align_train.pictures import decode_picture
+from modest_align_train.tables import read_embedded
 
 # Version 1 told images apart by the text of their paths, and took a column named group without being asked.
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
+_IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
@@ -286,10 +289,12 @@ class TarIndex:
 
     Attributes:
         members: Offset and size in bytes of each regular file, by name, in the order of the archive.
+        left_out: Name of each other member but folders, and why it is none of these.
         error: Why the archive could not be read to its end, None where it could.
     """
 
     members: dict[str, tuple[int, int]]
+    left_out: list[tuple[str, str]]
     error: str | None
 
 
@@ -309,19 +314,26 @@ def tar_index(path: Path | str) -> TarIndex:
 @lru_cache(maxsize=64)
 def _tar_index(path: Path, modified_ns: int) -> TarIndex:
     members: dict[str, tuple[int, int]] = {}
+    left_out: list[tuple[str, str]] = []
     error = None
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    if member.isfile() and member.offset_data + member.size <= size:
+                    if not member.isfile():
+                        left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
+                    elif member.offset_data + member.size > size:
+                        left_out.append((member.name, "a member that is cut"))
+                    else:
+                        if member.name in members:
+                            left_out.append((member.name, "the first of two files of that name"))
                         members[member.name] = (member.offset_data, member.size)
-            except tarfile.TarError as reason:
+            except (tarfile.TarError, ValueError) as reason:
                 error = str(reason)
     except tarfile.TarError as reason:
         raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
-    return TarIndex(members, error)
+    return TarIndex(members, left_out, error)
 
 
 def read_member(path: Path | str, member: str) -> bytes:
@@ -341,8 +353,8 @@ def read_member(path: Path | str, member: str) -> bytes:
 
 def split_location(location: str) -> tuple[str, str]:
     """Split a record's location into the path of a file, and the member of the archive that it is, or ""."""
-    path, is_member, member = location.partition(".tar::")
-    return (f"{path}.tar", member) if is_member else (location, "")
+    match = _IN_ARCHIVE.fullmatch(location)
+    return (match[1], match[2]) if match else (location, "")
 
 
 def image_size(location: str) -> int:
@@ -350,6 +362,8 @@ def image_size(location: str) -> int:
     path, member = split_location(location)
     if not member:
         return Path(path).stat().st_size
+    if path.lower().endswith(".parquet"):
+        return len(read_embedded(path, member))
     members = tar_index(path).members
     if member not in members:
         raise FileNotFoundError(f"{path} has no member {member!r}")
@@ -364,7 +378,7 @@ def image_bytes(location: str) -> bytes:
     """
     path, member = split_location(location)
     if member:
-        return read_member(path, member)
+        return (read_embedded if path.lower().endswith(".parquet") else read_member)(path, member)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{location} does not exist")
     return Path(path).read_bytes()
@@ -374,18 +388,14 @@ def open_image(location: str) -> Image.Image:
     """Open the image at a record's ``location``.
 
     Args:
-        location: ``"path/to.png"`` or ``"path/to.tar::member.webp"``.
+        location: ``"path/to.png"``, ``"path/to.tar::member.webp"`` or ``"path/to.parquet::column/row"``.
 
     Returns:
-        The whole image in mode RGB, upright (EXIF orientation applied), transparent pixels on white.
+        The whole image as `decode_picture` gives it.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        OSError: It is not an image, or a truncated one.
+        UnreadableError: It is no image, a damaged one, or one of too many pixels.
+        OSError: The file cannot be read.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(image_bytes(location))))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return decode_picture(image_bytes(location))

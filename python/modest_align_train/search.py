@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from modest_align_train.adapters import load_checkpoint
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
 from modest_align_train.latents import open_image
-from modest_align_train.sources import IMAGE_SUFFIXES
+from modest_align_train.pictures import IMAGE_SUFFIXES
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -52,7 +53,7 @@ def search(
 
     Args:
         run: Run directory of `train`.
-        query: A text, or the path of an image file (told by its extension).
+        query: A text, or the path of an image file (any file that is there is taken for one).
         latents: Directory that `extract` wrote, to search; by default the run's own.
         split: Search only this split: "train", "validation" or "test".
         top: Hits wanted.
@@ -72,7 +73,7 @@ def search(
     if output is not None and Path(output).suffix.lower() not in SHEET_SUFFIXES:
         raise ValueError(f"output must end in {', '.join(SHEET_SUFFIXES)}, got {output}")
     image = None
-    if query.lower().endswith(IMAGE_SUFFIXES):
+    if os.path.isfile(query) or query.lower().endswith(IMAGE_SUFFIXES):
         image = _open_query(query)
     checkpoint = load_checkpoint(run)
     aligner, store = checkpoint.aligner, checkpoint.load_latents(latents)
@@ -161,5 +162,5 @@ def _open_query(query: str) -> Image.Image:
         return open_image(query)
     except FileNotFoundError:
         raise FileNotFoundError(f"query {query} looks like the path of an image, but there is no such file") from None
-    except OSError:
-        raise ValueError(f"query {query} is not an image that can be read") from None
+    except OSError as error:
+        raise ValueError(f"query {query} is not an image that can be read: {error}") from None
