@@ -195,7 +195,9 @@ def mean_recall(ranks: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> di
     return _mean_hits([(1.0, ranks)], k, bootstrap)
 
 
-def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> dict[str, float]:
+def paired_difference(
+    a: Sequence[Ranks], b: Sequence[Ranks], k: int | Sequence[int] = 1, bootstrap: int = 1000
+) -> dict[str, float]:
     """How much higher the recall of the runs A is than that of the runs B on the same images and captions.
 
     Both are resampled with the same groups, so that what is hard for both cancels.
@@ -203,7 +205,7 @@ def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootst
     Args:
         a: Ranks of the runs A (seeds of one kind), as `load_ranks` gives them.
         b: Ranks of the runs B.
-        k: The recall is R@k, the mean of both directions and of the runs.
+        k: The recall is R@k, the mean of both directions, of the runs, and of several k.
         bootstrap: Bootstrap replicates.
 
     Returns:
@@ -215,7 +217,9 @@ def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootst
     return _mean_hits([(1.0, a), (-1.0, b)], k, bootstrap)
 
 
-def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap: int) -> dict[str, float]:
+def _mean_hits(
+    terms: Sequence[tuple[float, Sequence[Ranks]]], k: int | Sequence[int], bootstrap: int
+) -> dict[str, float]:
     """Sum of the terms' signs times the mean hit rate of their runs, with an interval."""
     if not all(runs for _, runs in terms):
         raise ValueError("ranks must hold those of at least one run, got none")
@@ -224,8 +228,12 @@ def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap
         if not all(torch.equal(ranks[group], first[group]) for _, runs in terms for ranks in runs):
             raise ValueError(f"the runs must be evaluated on the same images, but their {group} differ")
 
+    ks = torch.tensor(k).reshape(-1, 1)
+
     def hits(name: str) -> Tensor:
-        mean = [sign * torch.stack([ranks[name] <= k for ranks in runs]).double().mean(0) for sign, runs in terms]
+        mean = [
+            sign * torch.stack([(ranks[name] <= ks).double().mean(0) for ranks in runs]).mean(0) for sign, runs in terms
+        ]
         return torch.stack(mean).sum(0)[:, None]
 
     both = [(hits(rank), first[group]) for rank, group in DIRECTIONS.values()]

@@ -1,0 +1,334 @@
+"""Choose noise and smoothing for one's own pairs: on the validation split, over several seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from modest_align_train.adapters import load_aligner
+from modest_align_train.devices import choose_device
+from modest_align_train.evaluate import (
+    RECALL_AT,
+    RECALLS,
+    Ranks,
+    paired_difference,
+    recalls,
+    retrieval_ranks,
+    validation_score,
+)
+from modest_align_train.figures import COLOURS, plot
+from modest_align_train.files import atomic_path, write_file, write_json
+from modest_align_train.latents import MANIFEST, load_latents
+from modest_align_train.settings import Settings
+from modest_align_train.train import train
+
+NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
+SMOOTHING = (0.0, 0.1)
+SEEDS = 3
+# Standard deviations of noise that are tried beyond one run.
+_PROMISING = 3
+_NORMAL_97_5 = 1.96
+
+_Result = TypeVar("_Result")
+
+
+class Setting(NamedTuple):
+    """What is chosen; both 0 is InfoNCE."""
+
+    latent_noise_std: float
+    smoothing: float
+
+    def __str__(self) -> str:
+        parts = [f"noise {self.latent_noise_std:g}"] * (self.latent_noise_std > 0)
+        parts += [f"smoothing {self.smoothing:g}"] * (self.smoothing > 0)
+        return " + ".join(parts) or "InfoNCE"
+
+    @property
+    def methods(self) -> int:
+        """How many of noise and smoothing it uses."""
+        return (self.latent_noise_std > 0) + (self.smoothing > 0)
+
+
+INFONCE = Setting(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found.
+
+    Attributes:
+        chosen: The choice.
+        rows: A dict for each setting tried: `latent_noise_std`, `smoothing`, `seeds`; in percent, on the validation
+            split, R@1, R@5, R@10 and their mean `score`; and in `gain` how far that is above InfoNCE's (`value`, `low`,
+            `high`).
+        verdict: One sentence on what the choice brings.
+        path: TOML file of the choice.
+    """
+
+    chosen: Setting
+    rows: list[dict[str, Any]]
+    verdict: str
+    path: Path
+
+
+def tune(
+    settings: Settings,
+    *,
+    noise: Sequence[float] = NOISE,
+    smoothing: Sequence[float] = SMOOTHING,
+    seeds: int = SEEDS,
+    progress: bool = True,
+) -> Tuned:
+    """Choose `latent_noise_std` and `smoothing` by the validation split; the test split is not looked at.
+
+    First one run for each standard deviation of noise, without smoothing. Then InfoNCE and the three best of them with
+    each smoothing and every seed, and of these the choice (`choose`). A run that is finished is not repeated.
+
+    Args:
+        settings: Of every run but for the noise, the smoothing and the seed; `output` is the directory to write.
+        noise: Standard deviations to try; 0 is tried anyway.
+        smoothing: Likewise.
+        seeds: Runs of each setting that remains: seeds from `settings.seed` on.
+        progress: Show a progress bar, the table and the choice.
+
+    Returns:
+        What was found. In `settings.output` are `choice.toml`, which `train --config` takes, `table.md`, `tune.png`,
+        `results.json` and `runs/`.
+
+    Raises:
+        ValueError: A setting is of the wrong type or out of range, there is no validation split, or `output` holds what
+            was tuned with other latents or settings.
+        FileNotFoundError: There are no latents.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    for name, values in (("noise", noise), ("smoothing", smoothing)):
+        if not all(0 <= value < float("inf") for value in values):
+            raise ValueError(f"{name} must be numbers from 0, got {', '.join(map(str, values))}")
+    settings = replace(settings, latent_noise_std=0.0, smoothing=0.0).checked()
+    settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
+    if not any(record.split == "validation" for record in load_latents(settings.latents).records):
+        raise ValueError(f"latents {settings.latents} have no validation split to choose by")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    _bind(settings)
+    stds, smoothings = (sorted({0.0, *map(float, values)}) for values in (noise, smoothing))
+
+    ranks: dict[Setting, dict[int, Ranks]] = {}
+    every_seed = range(settings.seed, settings.seed + seeds)
+
+    def measure(wanted: Sequence[tuple[Setting, int]], what: str) -> None:
+        runs = [_run_settings(settings, *one) for one in wanted]
+        for (setting, seed), found in zip(wanted, train_all(_validation_ranks, runs, what, progress), strict=True):
+            ranks.setdefault(setting, {})[seed] = found
+
+    # The longest wait is a run that starts last, so both rounds are full of independent ones.
+    measure([(Setting(std, 0.0), settings.seed) for std in stds], "noise")
+    promising = sorted((s for s in ranks if s != INFONCE), key=lambda s: -_score(ranks[s]))[:_PROMISING]
+    remaining = [Setting(std, share) for std, _ in (INFONCE, *sorted(promising)) for share in smoothings]
+    measure([(s, seed) for s in remaining for seed in every_seed if seed not in ranks.get(s, {})], "smoothing, seeds")
+
+    chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
+    rows = [_row(setting, ranks[setting], ranks[INFONCE]) for setting in sorted(ranks)]
+    tuned = Tuned(chosen, rows, _verdict(chosen, rows, max(stds)), settings.output / "choice.toml")
+    _write(tuned, settings)
+    if progress:
+        print(f"\n{_markdown(tuned)}\n\n{tuned.verdict}\n{tuned.path}")
+    return tuned
+
+
+def choose(ranks: Mapping[Setting, Sequence[Ranks]]) -> Setting:
+    """Choose a setting: the simplest of those within one standard error of the best, by the mean over the seeds.
+
+    The standard error is that of the difference to the best, of drawing the queries' groups and of drawing the seeds.
+    Simpler is what uses fewer of noise and smoothing; of equally simple ones the best is taken.
+
+    Args:
+        ranks: Ranks of each setting's runs on the same queries, with the same seeds in the same order.
+    """
+    score = {setting: fmean(_scores(runs)) for setting, runs in ranks.items()}
+    best = max(score, key=lambda setting: score[setting])
+    near = [s for s in ranks if s == best or score[best] - score[s] <= standard_error(ranks[best], ranks[s])]
+    return min(near, key=lambda setting: (setting.methods, -score[setting]))
+
+
+def standard_error(a: Sequence[Ranks], b: Sequence[Ranks]) -> float:
+    """Standard error of the difference of two settings' scores, in points.
+
+    Args:
+        a: Ranks of the runs of one setting.
+        b: Of the other, with the same seeds in the same order.
+    """
+    groups = paired_difference(a, b, RECALL_AT)
+    of_groups = (groups["high"] - groups["low"]) / (2 * _NORMAL_97_5)
+    differences = [x - y for x, y in zip(_scores(a), _scores(b), strict=True)]
+    of_seeds = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return float((of_groups**2 + of_seeds**2) ** 0.5)
+
+
+def train_all(
+    work: Callable[[Settings], _Result], runs: Sequence[Settings], what: str, progress: bool = True
+) -> list[_Result]:
+    """Do some work on each of several runs, one on each core at a time; a GPU takes one after the other.
+
+    Two runs of one thread each finish sooner than two of two threads in turn, and much sooner where something else
+    uses a core: no thread waits for another.
+
+    Args:
+        work: Takes the settings of a run, in a process of its own.
+        runs: Settings of the runs.
+        what: Title of the progress bar.
+        progress: Show it.
+
+    Returns:
+        What the work returned for each run.
+    """
+    if not runs:
+        return []
+    device = choose_device(runs[0].device)
+    workers = 1 if device.type == "cuda" else min(len(runs), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads() // workers or 1
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+        try:
+            return list(tqdm(pool.map(work, runs), total=len(runs), desc=what, disable=not progress))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise KeyboardInterrupt("stopped: the same command goes on from there") from None
+
+
+def sweep_figure(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> Figure:
+    """Gain over InfoNCE against the noise, a line a smoothing, with intervals."""
+    axes = plot("Gain over InfoNCE on the validation split", "latent_noise_std", "mean of R@1, R@5, R@10: points")
+    stds = sorted({row["latent_noise_std"] for row in rows})
+    smoothings = sorted({row["smoothing"] for row in rows})
+    for i, share in enumerate(smoothings):
+        line = [row for row in rows if row["smoothing"] == share]
+        # Beside each other, so that no interval hides another.
+        x = [stds.index(row["latent_noise_std"]) + 0.14 * (i - (len(smoothings) - 1) / 2) for row in line]
+        gains = [row["gain"] for row in line]
+        y = [gain["value"] for gain in gains]
+        error = [[g["value"] - g["low"] for g in gains], [g["high"] - g["value"] for g in gains]]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.errorbar(x, y, error, marker="o", ms=4, lw=1.2, elinewidth=2, color=colour, label=f"smoothing {share:g}")
+        for row, place, value in zip(line, x, y, strict=True):
+            if (row["latent_noise_std"], row["smoothing"]) == chosen:
+                axes.plot(place, value, "o", ms=11, mfc="none", mec=colour, mew=1.6, label="chosen")
+    axes.axhline(0, color="#888888", lw=1, ls="--")
+    axes.set_xticks(range(len(stds)), [f"{std:g}" for std in stds])
+    axes.legend()
+    return axes.figure
+
+
+def _bind(settings: Settings) -> None:
+    """See that the directory's runs are of these latents and settings, or note them."""
+    path = settings.output / "tune.json"
+    digest = hashlib.sha256((settings.latents / MANIFEST).read_bytes()).hexdigest()
+    values = json.loads(json.dumps({**vars(settings), "latents": digest}, default=str))
+    # The directory may be moved, more seeds be asked for, and the runs go on elsewhere.
+    values = {name: value for name, value in values.items() if name not in ("output", "seed", "device")}
+    if not path.is_file():
+        write_json(path, values)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    differs = next((name for name in values if values[name] != stored.get(name)), None)
+    if differs:
+        raise ValueError(f"{differs} is not what the runs in {settings.output} have: take another output, or delete it")
+
+
+def _run_settings(settings: Settings, setting: Setting, seed: int) -> Settings:
+    name = f"noise{setting.latent_noise_std:g}-smoothing{setting.smoothing:g}-seed{seed}"
+    return replace(settings, output=settings.output / "runs" / name, seed=seed, **setting._asdict())
+
+
+def _validation_ranks(settings: Settings) -> dict[str, Tensor]:
+    """Ranks of a run's best checkpoint on the validation split; it is trained unless that was done."""
+    path = settings.output / "validation_ranks.safetensors"
+    if not path.is_file():
+        run = train(settings, progress=False)
+        aligner = load_aligner(run, choose_device(settings.device))
+        data = load_latents(settings.latents).subset("validation")
+        ranks = retrieval_ranks(aligner.embed_images(data.image), aligner.embed_texts(data.text), data)
+        write_file(path, save(ranks))
+        # The optimizer's state, three quarters of all: nothing resumes from here any more.
+        (run / "last.pt").unlink()
+    return load_file(path)
+
+
+def _scores(runs: Sequence[Ranks]) -> list[float]:
+    return [validation_score(recalls(ranks)) for ranks in runs]
+
+
+def _score(runs: Mapping[int, Ranks]) -> float:
+    return fmean(_scores(list(runs.values())))
+
+
+def _row(setting: Setting, runs: Mapping[int, Ranks], infonce: Mapping[int, Ranks]) -> dict[str, Any]:
+    mean = [recalls(ranks)["mean"] for ranks in runs.values()]
+    return {
+        **setting._asdict(),
+        "seeds": len(runs),
+        **{name: fmean(one[name] for one in mean) for name in RECALLS},
+        "score": _score(runs),
+        "gain": paired_difference(list(runs.values()), [infonce[seed] for seed in runs], RECALL_AT),
+    }
+
+
+def _verdict(chosen: Setting, rows: Sequence[Mapping[str, Any]], largest: float) -> str:
+    if chosen == INFONCE:
+        return (
+            "InfoNCE is chosen: no noise or smoothing that was tried is better by more than one standard error on the "
+            "validation split."
+        )
+    gain = next(row["gain"] for row in rows if (row["latent_noise_std"], row["smoothing"]) == chosen)
+    text = f"{chosen} is chosen: {_interval(gain)} points over InfoNCE on the validation split"
+    if gain["low"] <= 0:
+        text += "; the interval has 0 in it, so more validation pairs might tell otherwise"
+    if chosen.latent_noise_std == largest:
+        text += "; it is the largest noise that was tried, so try more"
+    return text + "."
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+
+
+def _markdown(tuned: Tuned) -> str:
+    header = ["noise", "smoothing", "seeds", *(f"{name} %" for name in RECALLS), "mean %", "over InfoNCE", ""]
+    lines = [header, ["---:"] * (len(header) - 1) + ["---"]]
+    for row in tuned.rows:
+        setting = Setting(row["latent_noise_std"], row["smoothing"])
+        lines.append(
+            [
+                *(f"{value:g}" for value in (*setting, row["seeds"])),
+                *(f"{row[name]:.1f}" for name in (*RECALLS, "score")),
+                "" if setting == INFONCE else _interval(row["gain"]),
+                "chosen" if setting == tuned.chosen else "",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _write(tuned: Tuned, settings: Settings) -> None:
+    directory = settings.output
+    write_json(directory / "results.json", {"chosen": tuned.chosen._asdict(), "rows": tuned.rows})
+    write_file(directory / "table.md", f"{_markdown(tuned)}\n\n{tuned.verdict}\n")
+    figure = sweep_figure(tuned.rows, tuned.chosen)
+    with atomic_path(directory / "tune.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=200, facecolor="white")
+    choice = replace(settings, **tuned.chosen._asdict()).to_toml()
+    kept = [line for line in choice.splitlines() if line.split(" = ")[0] not in ("output", "seed", "device")]
+    write_file(tuned.path, "\n".join([f"# {tuned.verdict}", *kept]) + "\n")
