@@ -51,7 +51,7 @@ def test_a_scale_above_its_maximum_in_toml_waits_for_the_other_settings(tmp_path
         ("scale = true", "scale must be a valid number, got True"),
         ("learn_scale = 1", "learn_scale must be a valid boolean, got 1"),
         ("latents = 1", "latents must be a path, got 1"),
-        ("steps = 0", "few.toml: steps must be greater than or equal to 1, got 0"),
+        ("batch_size = 0", "few.toml: batch_size must be greater than or equal to 1, got 0"),
         ("steps = ", "few.toml is not TOML"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"steps": 0}, "steps must be greater than or equal to 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be greater than or equal to 1, got 0"),
         ({"smoothing": 1.1}, "smoothing must be less than or equal to 1, got 1.1"),
         ({"latent_noise_std": -0.1}, "latent_noise_std must be greater than or equal to 0, got -0.1"),
         ({"scale": 0.0}, "scale must be greater than 0, got 0.0"),

@@ -80,6 +80,7 @@ def evaluate(
         "captions": len(texts),
         "groups": int(data.group.max()) + 1,
         "scale": scale,
+        "chance": chance(data),
         **_retrieval(ranks, bootstrap),
         "calibration": _calibration(*_one_pair_a_group(images, texts, data), scale, bootstrap),
     }
@@ -144,6 +145,26 @@ def recalls(ranks: Ranks) -> dict[str, dict[str, float]]:
     return found
 
 
+def chance(latents: Latents) -> dict[str, float]:
+    """Recalls of a random order of the candidates, the mean of both directions, in percent.
+
+    Args:
+        latents: Of one split; gives the groups.
+    """
+    groups = int(latents.group.max()) + 1
+    caption_group = latents.group[latents.caption_image]
+    images, captions = (group.bincount(minlength=groups).double() for group in (latents.group, caption_group))
+    found = dict.fromkeys(RECALLS, 0.0)
+    for queries, right in ((images, captions), (captions, images)):
+        candidates, missed = right.sum(), torch.ones_like(right)
+        for k in range(1, max(RECALL_AT) + 1):
+            # The k-th of the order is wrong as well; a query finds all once no wrong ones are left.
+            missed = missed * (candidates - right - k + 1).clamp_min(0) / (candidates - k + 1).clamp_min(1)
+            if k in RECALL_AT:
+                found[f"R@{k}"] += 50 * (1 - float(missed @ queries / queries.sum()))
+    return found
+
+
 def validation_score(found: Mapping[str, Mapping[str, float]]) -> float:
     """Mean of what `recalls` found over k and both directions, in percent: what the best checkpoint is chosen by."""
     return sum(found["mean"].values()) / len(found["mean"])
@@ -175,6 +196,8 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
             for key in (*RECALLS, "ece", "median_rank")
         ]
         lines.append((f"{name.replace('_', ' '):<15}" + "".join(f"{cell:>21}" for cell in cells)).rstrip())
+    if "chance" in result:  # not in what an earlier version found
+        lines.append(f"{'chance':<15}" + "".join(f"{result['chance'][name]:>21.1f}" for name in RECALLS))
     return "\n".join(lines)
 
 

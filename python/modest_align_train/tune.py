@@ -32,7 +32,7 @@ from modest_align_train.evaluate import (
 )
 from modest_align_train.figures import COLOURS, plot
 from modest_align_train.files import atomic_path, write_file, write_json
-from modest_align_train.latents import MANIFEST, load_latents
+from modest_align_train.latents import MANIFEST, load_latents, split_counts
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 
@@ -121,7 +121,9 @@ def tune(
             raise ValueError(f"{name} must be numbers from 0, got {', '.join(map(str, values))}")
     settings = replace(settings, latent_noise_std=0.0, smoothing=0.0).checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
-    if not any(record.split == "validation" for record in load_latents(settings.latents).records):
+    counts = split_counts(load_latents(settings.latents).records)
+    settings = settings.for_images(counts["train"])
+    if not counts["validation"]:
         raise ValueError(f"latents {settings.latents} have no validation split to choose by")
     settings.output.mkdir(parents=True, exist_ok=True)
     _bind(settings)
