@@ -39,8 +39,8 @@ from modest_align_train.train import train
 NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
 SMOOTHING = (0.0, 0.1)
 SEEDS = 3
-# Standard deviations of noise that are tried beyond one run.
-_PROMISING = 3
+# Of the noises, how many are tried with smoothing; of all settings, how many with every seed.
+_WITH_SMOOTHING, _WITH_EVERY_SEED = 2, 3
 _NORMAL_97_5 = 1.96
 
 _Result = TypeVar("_Result")
@@ -95,14 +95,15 @@ def tune(
 ) -> Tuned:
     """Choose `latent_noise_std` and `smoothing` by the validation split; the test split is not looked at.
 
-    First one run for each standard deviation of noise, without smoothing. Then InfoNCE and the three best of them with
-    each smoothing and every seed, and of these the choice (`choose`). A run that is finished is not repeated.
+    Three rounds: each noise without smoothing, with one seed; each smoothing on InfoNCE and on the two best noises,
+    with one seed; InfoNCE and the three best settings so far with every seed, and of these the choice (`choose`). A
+    run that is finished is not repeated.
 
     Args:
         settings: Of every run but for the noise, the smoothing and the seed; `output` is the directory to write.
         noise: Standard deviations to try; 0 is tried anyway.
         smoothing: Likewise.
-        seeds: Runs of each setting that remains: seeds from `settings.seed` on.
+        seeds: Runs of each setting in the last round: seeds from `settings.seed` on.
         progress: Show a progress bar, the table and the choice.
 
     Returns:
@@ -137,11 +138,15 @@ def tune(
         for (setting, seed), found in zip(wanted, train_all(_validation_ranks, runs, what, progress), strict=True):
             ranks.setdefault(setting, {})[seed] = found
 
-    # The longest wait is a run that starts last, so both rounds are full of independent ones.
-    measure([(Setting(std, 0.0), settings.seed) for std in stds], "noise")
-    promising = sorted((s for s in ranks if s != INFONCE), key=lambda s: -_score(ranks[s]))[:_PROMISING]
-    remaining = [Setting(std, share) for std, _ in (INFONCE, *sorted(promising)) for share in smoothings]
-    measure([(s, seed) for s in remaining for seed in every_seed if seed not in ranks.get(s, {})], "smoothing, seeds")
+    def best(count: int) -> list[Setting]:
+        others = [setting for setting in ranks if setting != INFONCE]
+        return [INFONCE, *sorted(others, key=lambda setting: _score(ranks[setting]), reverse=True)[:count]]
+
+    measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
+    smoothed = [Setting(std, share) for std, _ in best(_WITH_SMOOTHING) for share in smoothings if share]
+    measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
+    remaining = best(_WITH_EVERY_SEED)
+    measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
 
     chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
     rows = [_row(setting, ranks[setting], ranks[INFONCE]) for setting in sorted(ranks)]
@@ -321,7 +326,8 @@ def _markdown(tuned: Tuned) -> str:
                 "chosen" if setting == tuned.chosen else "",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\nMeans of the seeds on the validation split; gains with 95% intervals, of equal seeds."
 
 
 def _write(tuned: Tuned, settings: Settings) -> None:
