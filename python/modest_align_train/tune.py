@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
-from torch import Tensor
 from tqdm import tqdm
 
 from modest_align_train.adapters import load_aligner
@@ -117,9 +117,10 @@ def tune(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    for name, values in (("noise", noise), ("smoothing", smoothing)):
-        if not all(0 <= value < float("inf") for value in values):
-            raise ValueError(f"{name} must be numbers from 0, got {', '.join(map(str, values))}")
+    for name, values, largest in (("noise", noise, None), ("smoothing", smoothing, 1)):
+        if not all(math.isfinite(value) and 0 <= value <= (largest or value) for value in values):
+            bounds = f"0 to {largest}" if largest else "0"
+            raise ValueError(f"{name} must be numbers from {bounds}, got {', '.join(map(str, values))}")
     settings = replace(settings, latent_noise_std=0.0, smoothing=0.0).checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
     counts = split_counts(load_latents(settings.latents).records)
@@ -135,18 +136,20 @@ def tune(
 
     def measure(wanted: Sequence[tuple[Setting, int]], what: str) -> None:
         runs = [_run_settings(settings, *one) for one in wanted]
-        for (setting, seed), found in zip(wanted, train_all(_validation_ranks, runs, what, progress), strict=True):
-            ranks.setdefault(setting, {})[seed] = found
+        train_all(pool, _train_and_rank, [run for run in runs if not _ranks_path(run).is_file()], what, progress)
+        for (setting, seed), run in zip(wanted, runs, strict=True):
+            ranks.setdefault(setting, {})[seed] = load_file(_ranks_path(run))
 
     def best(count: int) -> list[Setting]:
         others = [setting for setting in ranks if setting != INFONCE]
         return [INFONCE, *sorted(others, key=lambda setting: _score(ranks[setting]), reverse=True)[:count]]
 
-    measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
-    smoothed = [Setting(std, share) for std, _ in best(_WITH_SMOOTHING) for share in smoothings if share]
-    measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
-    remaining = best(_WITH_EVERY_SEED)
-    measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
+    with worker_pool(settings.device, len(stds)) as pool:
+        measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
+        smoothed = [Setting(std, share) for std, _ in best(_WITH_SMOOTHING) for share in smoothings if share]
+        measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
+        remaining = best(_WITH_EVERY_SEED)
+        measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
 
     chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
     rows = [_row(setting, ranks[setting], ranks[INFONCE]) for setting in sorted(ranks)]
@@ -186,16 +189,33 @@ def standard_error(a: Sequence[Ranks], b: Sequence[Ranks]) -> float:
     return float((of_groups**2 + of_seeds**2) ** 0.5)
 
 
-def train_all(
-    work: Callable[[Settings], _Result], runs: Sequence[Settings], what: str, progress: bool = True
-) -> list[_Result]:
-    """Do some work on each of several runs, one on each core at a time; a GPU takes one after the other.
+def worker_pool(device: str, runs: int) -> ProcessPoolExecutor:
+    """Processes for several runs, one on each core at a time; a GPU takes one run after the other.
 
     Two runs of one thread each finish sooner than two of two threads in turn, and much sooner where something else
     uses a core: no thread waits for another.
 
     Args:
-        work: Takes the settings of a run, in a process of its own.
+        device: Where they train.
+        runs: How many there are at most.
+    """
+    workers = 1 if choose_device(device).type == "cuda" else min(runs, os.cpu_count() or 1)
+    threads = torch.get_num_threads() // workers or 1
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
+
+
+def train_all(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Settings], _Result],
+    runs: Sequence[Settings],
+    what: str,
+    progress: bool = True,
+) -> list[_Result]:
+    """Do some work on each of several runs.
+
+    Args:
+        pool: Where to do it.
+        work: Takes the settings of a run.
         runs: Settings of the runs.
         what: Title of the progress bar.
         progress: Show it.
@@ -203,18 +223,11 @@ def train_all(
     Returns:
         What the work returned for each run.
     """
-    if not runs:
-        return []
-    device = choose_device(runs[0].device)
-    workers = 1 if device.type == "cuda" else min(len(runs), os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads() // workers or 1
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-        try:
-            return list(tqdm(pool.map(work, runs), total=len(runs), desc=what, disable=not progress))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise KeyboardInterrupt("stopped: the same command goes on from there") from None
+    try:
+        return list(tqdm(pool.map(work, runs), total=len(runs), desc=what, disable=not progress))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise KeyboardInterrupt("stopped: the same command goes on from there") from None
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> Figure:
@@ -261,18 +274,19 @@ def _run_settings(settings: Settings, setting: Setting, seed: int) -> Settings:
     return replace(settings, output=settings.output / "runs" / name, seed=seed, **setting._asdict())
 
 
-def _validation_ranks(settings: Settings) -> dict[str, Tensor]:
-    """Ranks of a run's best checkpoint on the validation split; it is trained unless that was done."""
-    path = settings.output / "validation_ranks.safetensors"
-    if not path.is_file():
-        run = train(settings, progress=False)
-        aligner = load_aligner(run, choose_device(settings.device))
-        data = load_latents(settings.latents).subset("validation")
-        ranks = retrieval_ranks(aligner.embed_images(data.image), aligner.embed_texts(data.text), data)
-        write_file(path, save(ranks))
-        # The optimizer's state, three quarters of all: nothing resumes from here any more.
-        (run / "last.pt").unlink()
-    return load_file(path)
+def _ranks_path(run: Settings) -> Path:
+    """File of a run's ranks on the validation split; a run that has it is finished."""
+    return run.output / "validation_ranks.safetensors"
+
+
+def _train_and_rank(settings: Settings) -> None:
+    run = train(settings, progress=False)
+    aligner = load_aligner(run, choose_device(settings.device))
+    data = load_latents(settings.latents).subset("validation")
+    ranks = retrieval_ranks(aligner.embed_images(data.image), aligner.embed_texts(data.text), data)
+    write_file(_ranks_path(settings), save(ranks))
+    # It holds the optimizer's state, three quarters of all, and nothing resumes from here any more.
+    (run / "last.pt").unlink()
 
 
 def _scores(runs: Sequence[Ranks]) -> list[float]:
