@@ -92,3 +92,16 @@ def test_what_a_setting_may_not_be(change, sentence):
 
 def test_a_fixed_scale_may_be_above_the_maximum_of_a_learned_one():
     replace(SETTINGS, scale=1000.0, learn_scale=False).checked()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "steps", "validate_every"),
+    [(600, 512, 120, 10), (4068, 512, 300, 25), (100_000, 512, 1490, 124), (600, 128, 460, 38), (20, 512, 540, 45)],
+)
+def test_steps_follow_the_size_of_the_data(images, batch_size, steps, validate_every):
+    settings = replace(SETTINGS, batch_size=batch_size, steps=0, validate_every=0).for_images(images)
+    assert (settings.steps, settings.validate_every) == (steps, validate_every)
+    assert replace(SETTINGS, steps=7, validate_every=3).for_images(images) == replace(
+        SETTINGS, steps=7, validate_every=3
+    )
+    assert replace(SETTINGS, steps=5, validate_every=0).for_images(images).validate_every == 1

@@ -203,8 +203,9 @@ class Run:
             for name, value in values.items():
                 self.board.add_scalar(f"validation/{direction}/{name}", value, self.step)
         self.shown["R@1"] = f"{found['mean']['R@1']:.1f}"
-        if validation_score(found) > self.best:
-            self.best, self.kept = validation_score(found), self.step
+        score = validation_score(found)
+        if score > self.best:
+            self.best, self.kept = score, self.step
             self._save_best()
 
     def checkpoint(self) -> None:
