@@ -170,14 +170,22 @@ def test_latents_without_validation_are_refused(tmp_path, settings):
 
 def test_the_picture_shows_each_gain_and_rings_the_choice():
     rows = [
-        {"latent_noise_std": std, "smoothing": share, "gain": {"value": gain, "low": gain - 1, "high": gain + 2}}
-        for std, share, gain in ((0.0, 0.0, 0.0), (0.02, 0.0, 3.0), (0.02, 0.1, 1.0))
+        {
+            "latent_noise_std": std,
+            "smoothing": share,
+            "seeds": seeds,
+            "gain": {"value": gain, "low": gain - 1, "high": gain + 2},
+        }
+        for std, share, seeds, gain in ((0, 0, 3, 0.0), (0.02, 0, 3, 3.0), (0.02, 0.1, 1, 1.0), (0.5, 0, 1, -40.0))
     ]
     axes = sweep_figure(rows, NOISE).axes[0]
-    lines = {line.get_label(): line for line in axes.lines}
-    assert lines["chosen"].get_ydata() == [3.0]
-    plain, smoothed = axes.containers
-    assert list(plain[0].get_ydata()) == [0.0, 3.0]
-    assert list(smoothed[0].get_ydata()) == [1.0]
-    assert [list(segment[:, 1]) for segment in plain[2][0].get_segments()] == [[-1.0, 2.0], [2.0, 5.0]]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "0.02"]
+    lines = [(line.get_label(), list(line.get_ydata())) for line in axes.lines]
+    assert ("chosen", [3.0]) in lines
+    drawn = [values for _, values in lines]
+    assert [0.0, 3.0, -40.0] in drawn
+    for row in rows[:3]:
+        assert [row["gain"]["low"], row["gain"]["high"]] in drawn
+    # what collapsed is cut off, but said
+    assert axes.get_ylim()[0] == -10.0
+    assert [text.get_text() for text in axes.texts] == ["-40"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "0.02", "0.5"]

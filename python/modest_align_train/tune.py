@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
+import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
@@ -231,25 +232,39 @@ def train_all(
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> Figure:
-    """Gain over InfoNCE against the noise, a line a smoothing, with intervals."""
-    axes = plot("Gain over InfoNCE on the validation split", "latent_noise_std", "mean of R@1, R@5, R@10: points")
+    """Gain over InfoNCE against the noise, a line a smoothing, with intervals; where noise collapses it is cut off."""
+    axes = plot("Gain over InfoNCE, validation split", "latent_noise_std", "mean of R@1, R@5, R@10: points", height=3.4)
     stds = sorted({row["latent_noise_std"] for row in rows})
     smoothings = sorted({row["smoothing"] for row in rows})
+    most_seeds = max(row["seeds"] for row in rows)
+    top = max(1.0, *(row["gain"]["high"] for row in rows))
+    bottom = max(-2 * top, min(row["gain"]["low"] for row in rows))
     for i, share in enumerate(smoothings):
+        colour = COLOURS[i % len(COLOURS)]
         line = [row for row in rows if row["smoothing"] == share]
         # Beside each other, so that no interval hides another.
-        x = [stds.index(row["latent_noise_std"]) + 0.14 * (i - (len(smoothings) - 1) / 2) for row in line]
-        gains = [row["gain"] for row in line]
-        y = [gain["value"] for gain in gains]
-        error = [[g["value"] - g["low"] for g in gains], [g["high"] - g["value"] for g in gains]]
-        colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(x, y, error, marker="o", ms=4, lw=1.2, elinewidth=2, color=colour, label=f"smoothing {share:g}")
-        for row, place, value in zip(line, x, y, strict=True):
+        places = [stds.index(row["latent_noise_std"]) + 0.2 * (i - (len(smoothings) - 1) / 2) for row in line]
+        axes.plot(places, [row["gain"]["value"] for row in line], color=colour, lw=1.2, alpha=0.6)
+        for place, row in zip(places, line, strict=True):
+            value, low, high = (row["gain"][bound] for bound in ("value", "low", "high"))
+            if value < bottom:
+                axes.annotate(
+                    f"{value:.0f}", (place, bottom), (0, 3), textcoords="offset points", ha="center", color=colour
+                )
+                continue
+            axes.plot([place, place], [low, high], color=colour, lw=2.4, alpha=0.45)
+            full = row["seeds"] == most_seeds
+            axes.plot(place, value, "o", ms=5, color=colour, mfc=colour if full else "none")
             if (row["latent_noise_std"], row["smoothing"]) == chosen:
-                axes.plot(place, value, "o", ms=11, mfc="none", mec=colour, mew=1.6, label="chosen")
+                axes.plot(place, value, "o", ms=12, mfc="none", mec="#888888", label="chosen")
+        axes.plot([], [], "o", color=colour, label=f"smoothing {share:g}")
+    if any(row["seeds"] < most_seeds for row in rows):
+        axes.plot([], [], "o", color="#888888", mfc="none", ms=5, label="one seed")
     axes.axhline(0, color="#888888", lw=1, ls="--")
+    axes.set(xlim=(-0.5, len(stds) - 0.5), ylim=(bottom, 1.1 * top))
     axes.set_xticks(range(len(stds)), [f"{std:g}" for std in stds])
-    axes.legend()
+    with mpl.rc_context({"legend.frameon": False}):
+        axes.figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=1)
     return axes.figure
 
 
@@ -349,6 +364,11 @@ def _write(tuned: Tuned, settings: Settings) -> None:
     write_json(directory / "results.json", {"chosen": tuned.chosen._asdict(), "rows": tuned.rows})
     write_file(directory / "table.md", f"{_markdown(tuned)}\n\n{tuned.verdict}\n")
     figure = sweep_figure(tuned.rows, tuned.chosen)
+    for axes in figure.axes:
+        # On a report's page they take its faint colour.
+        axes.grid(color="#dddddd")
+        axes.tick_params(color="#999999")
+        axes.spines[:].set_color("#999999")
     with atomic_path(directory / "tune.png") as temporary:
         figure.savefig(temporary, format="png", dpi=200, facecolor="white")
     choice = replace(settings, **tuned.chosen._asdict()).to_toml()
