@@ -264,7 +264,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> Figure:
     axes.set(xlim=(-0.5, len(stds) - 0.5), ylim=(bottom, 1.1 * top))
     axes.set_xticks(range(len(stds)), [f"{std:g}" for std in stds])
     with mpl.rc_context({"legend.frameon": False}):
-        axes.figure.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=1)
+        axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.1)
     return axes.figure
 
 
