@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -37,11 +43,15 @@ def inline(monkeypatch):
     """No processes: the runs are tiny."""
     done = []
 
-    def train_all(pool, work, runs, what, progress=True):
-        done.extend(runs)
-        return [work(settings) for settings in runs]
+    class Workers(nullcontext):
+        def map(self, work, runs, what, progress=True):
+            done.extend(runs)
+            return [work(settings) for settings in runs]
 
-    monkeypatch.setattr(module, "train_all", train_all)
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(module, "Workers", lambda device, runs: Workers())
     return done
 
 
@@ -113,6 +123,31 @@ def test_from_the_command_line_to_a_trained_run(tmp_path, settings, capsys):
     assert main(command) == 0
     assert table in capsys.readouterr().out
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "tuned" / "runs").glob("*/*")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a group of processes")
+def test_ctrl_c_stops_every_process_and_starts_no_other_run(tmp_path, settings):
+    (tmp_path / "long.toml").write_text("steps = 1000000\nbatch_size = 32\nembedding_dim = 16\ndevice = 'cpu'\n")
+    command = ["tune", settings.latents, tmp_path / "tuned", "--config", tmp_path / "long.toml"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modest_align_train", *map(str, command)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list((tmp_path / "tuned").glob("runs/*/log.jsonl")):
+            time.sleep(0.2)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "modest-align: stopped: the same command goes on from there" in error
+    assert "Traceback" not in error
+    assert len(list((tmp_path / "tuned").glob("runs/*"))) <= os.cpu_count()
 
 
 def test_the_test_split_is_not_looked_at(tmp_path, settings, inline):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
@@ -45,6 +46,7 @@ _WITH_SMOOTHING, _WITH_EVERY_SEED = 2, 3
 _NORMAL_97_5 = 1.96
 
 _Result = TypeVar("_Result")
+_stopped: Event  # in a worker: that Ctrl-C came
 
 
 class Setting(NamedTuple):
@@ -137,7 +139,7 @@ def tune(
 
     def measure(wanted: Sequence[tuple[Setting, int]], what: str) -> None:
         runs = [_run_settings(settings, *one) for one in wanted]
-        train_all(pool, _train_and_rank, [run for run in runs if not _ranks_path(run).is_file()], what, progress)
+        workers.map(_train_and_rank, [run for run in runs if not _ranks_path(run).is_file()], what, progress)
         for (setting, seed), run in zip(wanted, runs, strict=True):
             ranks.setdefault(setting, {})[seed] = load_file(_ranks_path(run))
 
@@ -145,7 +147,7 @@ def tune(
         others = [setting for setting in ranks if setting != INFONCE]
         return [INFONCE, *sorted(others, key=lambda setting: _score(ranks[setting]), reverse=True)[:count]]
 
-    with worker_pool(settings.device, len(stds)) as pool:
+    with Workers(settings.device, len(stds)) as workers:
         measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
         smoothed = [Setting(std, share) for std, _ in best(_WITH_SMOOTHING) for share in smoothings if share]
         measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
@@ -190,45 +192,67 @@ def standard_error(a: Sequence[Ranks], b: Sequence[Ranks]) -> float:
     return float((of_groups**2 + of_seeds**2) ** 0.5)
 
 
-def worker_pool(device: str, runs: int) -> ProcessPoolExecutor:
+class Workers:
     """Processes for several runs, one on each core at a time; a GPU takes one run after the other.
 
     Two runs of one thread each finish sooner than two of two threads in turn, and much sooner where something else
-    uses a core: no thread waits for another.
+    uses a core: no thread waits for another. Use it in a `with`.
 
     Args:
         device: Where they train.
         runs: How many there are at most.
     """
-    workers = 1 if choose_device(device).type == "cuda" else min(runs, os.cpu_count() or 1)
-    threads = torch.get_num_threads() // workers or 1
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
+
+    def __init__(self, device: str, runs: int) -> None:
+        workers = 1 if choose_device(device).type == "cuda" else min(runs, os.cpu_count() or 1)
+        threads = torch.get_num_threads() // workers or 1
+        context = multiprocessing.get_context("spawn")
+        self.stopped = context.Event()
+        self.pool = ProcessPoolExecutor(workers, context, _start_worker, (threads, self.stopped))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def map(
+        self, work: Callable[[Settings], _Result], runs: Sequence[Settings], what: str, progress: bool = True
+    ) -> list[_Result]:
+        """Return what some work gives for the settings of each run.
+
+        Args:
+            work: A function of a module.
+            runs: Settings of the runs.
+            what: Title of the progress bar.
+            progress: Show it.
+
+        Raises:
+            KeyboardInterrupt: By Ctrl-C, with a sentence on how to go on.
+        """
+        try:
+            found = self.pool.map(_unless_stopped, [work] * len(runs), runs)
+            return list(tqdm(found, total=len(runs), desc=what, disable=not progress))
+        except KeyboardInterrupt:
+            self.stopped.set()
+            raise KeyboardInterrupt("stopped: the same command goes on from there") from None
 
 
-def train_all(
-    pool: ProcessPoolExecutor,
-    work: Callable[[Settings], _Result],
-    runs: Sequence[Settings],
-    what: str,
-    progress: bool = True,
-) -> list[_Result]:
-    """Do some work on each of several runs.
+def _start_worker(threads: int, stopped: Event) -> None:
+    global _stopped
+    _stopped = stopped
+    torch.set_num_threads(threads)
 
-    Args:
-        pool: Where to do it.
-        work: Takes the settings of a run.
-        runs: Settings of the runs.
-        what: Title of the progress bar.
-        progress: Show it.
 
-    Returns:
-        What the work returned for each run.
-    """
+def _unless_stopped(work: Callable[[Settings], _Result], run: Settings) -> _Result:
+    """Do the work of a run, but none that waits in the pool's queue when Ctrl-C comes: it cannot be cancelled there."""
+    if _stopped.is_set():
+        raise KeyboardInterrupt
     try:
-        return list(tqdm(pool.map(work, runs), total=len(runs), desc=what, disable=not progress))
+        return work(run)
     except KeyboardInterrupt:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise KeyboardInterrupt("stopped: the same command goes on from there") from None
+        _stopped.set()
+        raise
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], chosen: Setting) -> Figure:
