@@ -82,7 +82,7 @@ def test_the_command_line_goes_before_the_file(tmp_path, config, capsys):
     [
         ("nonsense = 1", "has the unknown setting 'nonsense'"),
         ("seed = 'one'", "seed must be a valid integer, got 'one'"),
-        ("steps = 0", "steps must be greater than or equal to 1, got 0"),
+        ("batch_size = 0", "batch_size must be greater than or equal to 1, got 0"),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, capsys, text, sentence):

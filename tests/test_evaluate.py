@@ -14,6 +14,7 @@ from modest_align_train.adapters import load_aligner
 from modest_align_train.evaluate import (
     best_ranks,
     calibrate,
+    chance,
     evaluate,
     format_evaluation,
     load_evaluation,
@@ -21,7 +22,9 @@ from modest_align_train.evaluate import (
     mean_recall,
     paired_difference,
     recalls,
+    retrieval_ranks,
 )
+from modest_align_train.latents import Latents
 
 EYE = torch.eye(4)
 
@@ -208,6 +211,10 @@ def test_evaluation_of_a_run(tmp_path):
         assert sum(one["count"] for one in calibration["bins"]) == result["calibration"]["pairs"] == 40
         ece = sum(one["count"] / 40 * abs(one["accuracy"] - one["confidence"]) for one in calibration["bins"])
         assert calibration["ece"]["value"] == pytest.approx(ece)
+    # Two of 80 captions are right for an image, one of 40 images for a caption.
+    by_hand = {k: 50 * (1 - math.comb(78, k) / math.comb(80, k)) + 50 * k / 40 for k in (1, 5, 10)}
+    assert result["chance"] == pytest.approx({f"R@{k}": value for k, value in by_hand.items()})
+    assert format_evaluation(result).splitlines()[-1].split() == ["chance", "2.5", "12.3", "24.3"]
     words = format_evaluation(result).splitlines()[2].split()
     assert words[:3] == ["image", "to", "text"]
     assert float(words[3]) == pytest.approx(result["image_to_text"]["R@1"]["value"], abs=0.051)
@@ -269,6 +276,20 @@ def test_latents_that_were_extracted_again_are_refused(tmp_path):
             ):
                 refuse(run, latents=latents)
     assert contents(run) == before
+
+
+def test_chance_is_what_random_orders_give():
+    group = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+    count = torch.tensor([1, 3, 12, 1, 1, 2, 1])
+    caption_image = torch.arange(7).repeat_interleave(count)
+    data = Latents(torch.zeros(7, 1), torch.zeros(21, 1), caption_image, group, [], "", "")
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(2000):
+        similarity = torch.rand(7, int(count.sum()), generator=generator)
+        found.append(recalls(retrieval_ranks(similarity, torch.eye(len(caption_image)), data))["mean"])
+    for name, value in chance(data).items():
+        assert value == pytest.approx(sum(one[name] for one in found) / len(found), abs=1)
 
 
 def test_what_cannot_be_evaluated(tmp_path):

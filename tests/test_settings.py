@@ -51,7 +51,7 @@ def test_a_scale_above_its_maximum_in_toml_waits_for_the_other_settings(tmp_path
         ("scale = true", "scale must be a valid number, got True"),
         ("learn_scale = 1", "learn_scale must be a valid boolean, got 1"),
         ("latents = 1", "latents must be a path, got 1"),
-        ("steps = 0", "few.toml: steps must be greater than or equal to 1, got 0"),
+        ("batch_size = 0", "few.toml: batch_size must be greater than or equal to 1, got 0"),
         ("steps = ", "few.toml is not TOML"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"steps": 0}, "steps must be greater than or equal to 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be greater than or equal to 1, got 0"),
         ({"smoothing": 1.1}, "smoothing must be less than or equal to 1, got 1.1"),
         ({"latent_noise_std": -0.1}, "latent_noise_std must be greater than or equal to 0, got -0.1"),
         ({"scale": 0.0}, "scale must be greater than 0, got 0.0"),
@@ -92,3 +92,16 @@ def test_what_a_setting_may_not_be(change, sentence):
 
 def test_a_fixed_scale_may_be_above_the_maximum_of_a_learned_one():
     replace(SETTINGS, scale=1000.0, learn_scale=False).checked()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "steps", "validate_every"),
+    [(600, 512, 120, 10), (4068, 512, 300, 25), (100_000, 512, 1490, 124), (600, 128, 460, 38), (20, 512, 540, 45)],
+)
+def test_steps_follow_the_size_of_the_data(images, batch_size, steps, validate_every):
+    settings = replace(SETTINGS, batch_size=batch_size, steps=0, validate_every=0).for_images(images)
+    assert (settings.steps, settings.validate_every) == (steps, validate_every)
+    assert replace(SETTINGS, steps=7, validate_every=3).for_images(images) == replace(
+        SETTINGS, steps=7, validate_every=3
+    )
+    assert replace(SETTINGS, steps=5, validate_every=0).for_images(images).validate_every == 1

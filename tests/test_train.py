@@ -82,6 +82,28 @@ def test_a_run_learns_and_leaves_everything(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_steps_are_those_of_the_data_also_when_it_goes_on(tmp_path, monkeypatch, capsys):
+    settings = small_settings(tmp_path, steps=0, validate_every=0, checkpoint_every=10)
+    change_step(monkeypatch, 15, lambda aligner, loss: os.kill(os.getpid(), signal.SIGINT) or loss)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 15 of 830"):
+        train(settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(module.Run, "validate", lambda run: None)
+    stored = read_settings(settings.output / "settings.toml")
+    assert (stored["steps"], stored["validate_every"]) == (830, 69)
+    assert checkpoint(train(settings, progress=False))["step"] == 830
+    train(settings)
+    assert "is finished: all its 830 steps are done" in capsys.readouterr().out
+
+
+def test_the_kept_step_is_said(tmp_path, monkeypatch, capsys):
+    scores = iter([50.0, 70.0, 60.0, 65.0])
+    monkeypatch.setattr(module, "validation_score", lambda found: next(scores))
+    run = train(small_settings(tmp_path))
+    assert "kept step 20 of 40: validation recall 70.0% (mean of R@1, 5, 10)" in capsys.readouterr().out
+    assert checkpoint(run, "best")["step"] == 20
+
+
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
     settings = small_settings(tmp_path)
     run = train(settings, progress=False)

@@ -20,6 +20,7 @@ _Runs = Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN .
 _Query = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
 _Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 _Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+_Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT ...")]
 _OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 _OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 _OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -52,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
             {
                 "demo": demo,
                 "extract": extract,
+                "tune": tune,
                 "train": _train(read_settings(config) if config else {}),
                 "evaluate": evaluate,
                 "search": search,
@@ -138,6 +140,33 @@ def extract(
             device=device,
             workers=workers,
         )
+
+
+def tune(
+    latents: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LATENTS")],
+    output: _Output = Path("tuned"),
+    *,
+    noise: _Numbers = (0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1),
+    smoothing: _Numbers = (0, 0.1),
+    seeds: int = 3,
+    config: _OptionalPath = None,
+) -> None:
+    """Choose noise and smoothing for these latents on their validation split; an interrupted tuning goes on.
+
+    Args:
+        latents: Directory that `extract` wrote.
+        output: Directory for runs, table, picture and the choice.
+        noise: Values of latent_noise_std; InfoNCE (0) is tried anyway.
+        smoothing: Values of smoothing.
+        seeds: Runs of each setting that remains.
+        config: TOML file with other settings of the runs.
+    """
+    from modest_align_train.tune import tune as run_tune
+
+    values = read_settings(config) if config else {}
+    settings = Settings(**{**values, "latents": latents, "output": output})
+    tuned = run_tune(settings, noise=noise, smoothing=smoothing, seeds=seeds)
+    print(f"next: modest-align train --config {tuned.path} --output run")
 
 
 def _train(values: dict[str, Any]) -> Callable[..., None]:

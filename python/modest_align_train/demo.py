@@ -7,19 +7,13 @@ captions shuffled.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import tarfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from modest_align_train.evaluate import RECALL_AT, load_ranks, mean_recall, paired_difference, validation_score
 from modest_align_train.extract import extract
@@ -29,6 +23,7 @@ from modest_align_train.report import Section, write_report
 from modest_align_train.runs import TrainedRun, load_run
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
+from modest_align_train.tune import Workers
 
 DATA = Path(__file__).parent / "demo_data"
 SMOOTHING = 0.1
@@ -151,17 +146,9 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
 
 
 def _train_all(runs: Sequence[Settings], what: str) -> list[TrainedRun]:
-    """Train and evaluate runs, or find them trained, one on each core at a time; a GPU takes one after the other.
-
-    Two runs of one thread each finish sooner than two of two threads in turn, and much sooner where something else
-    uses a core: no thread waits for another.
-    """
-    workers = 1 if torch.cuda.is_available() else min(len(runs), os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, torch.set_num_threads, (torch.get_num_threads() // workers or 1,)
-    ) as pool:
-        return list(tqdm(pool.map(_train_and_evaluate, runs), total=len(runs), desc=what))
+    """Train and evaluate runs, or find them trained."""
+    with Workers("auto", len(runs)) as workers:
+        return workers.map(_train_and_evaluate, runs, what)
 
 
 def _train_and_evaluate(settings: Settings) -> TrainedRun:

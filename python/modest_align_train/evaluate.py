@@ -92,6 +92,7 @@ def evaluate(
         "captions": len(texts),
         "groups": int(data.group.max()) + 1,
         "scale": scale,
+        "chance": chance(data),
         **_retrieval(ranks, bootstrap),
         "calibration": _calibration(*_one_to_one(images, texts, data), scale, bootstrap),
     }
@@ -206,6 +207,26 @@ def recalls(ranks: Ranks) -> dict[str, dict[str, float]]:
     return found
 
 
+def chance(latents: Latents) -> dict[str, float]:
+    """Recalls of a random order of the candidates, the mean of both directions, in percent.
+
+    Args:
+        latents: Of one split; gives the groups.
+    """
+    groups = int(latents.group.max()) + 1
+    caption_group = latents.group[latents.caption_image]
+    images, captions = (group.bincount(minlength=groups).double() for group in (latents.group, caption_group))
+    found = dict.fromkeys(RECALLS, 0.0)
+    for queries, right in ((images, captions), (captions, images)):
+        candidates, missed = right.sum(), torch.ones_like(right)
+        for k in range(1, max(RECALL_AT) + 1):
+            # The k-th of the order is wrong as well; a query finds all once no wrong ones are left.
+            missed = missed * (candidates - right - k + 1).clamp_min(0) / (candidates - k + 1).clamp_min(1)
+            if k in RECALL_AT:
+                found[f"R@{k}"] += 50 * (1 - float(missed @ queries / queries.sum()))
+    return found
+
+
 def validation_score(found: Mapping[str, Mapping[str, float]]) -> float:
     """Mean of what `recalls` found over k and both directions, in percent: what the best checkpoint is chosen by."""
     return sum(found["mean"].values()) / len(found["mean"])
@@ -241,6 +262,8 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
             for key in (*RECALLS, "ece", "median_rank")
         ]
         lines.append((f"{name.replace('_', ' '):<15}" + "".join(f"{cell:>21}" for cell in cells)).rstrip())
+    if "chance" in result:  # not in what an earlier version found
+        lines.append(f"{'chance':<15}" + "".join(f"{result['chance'][name]:>21.1f}" for name in RECALLS))
     return "\n".join(lines)
 
 
@@ -261,7 +284,9 @@ def mean_recall(ranks: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> di
     return _mean_hits([(1.0, ranks)], k, bootstrap)
 
 
-def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootstrap: int = 1000) -> dict[str, float]:
+def paired_difference(
+    a: Sequence[Ranks], b: Sequence[Ranks], k: int | Sequence[int] = 1, bootstrap: int = 1000
+) -> dict[str, float]:
     """How much higher the recall of the runs A is than that of the runs B on the same images and captions.
 
     Both are resampled with the same groups, so that what is hard for both cancels.
@@ -269,7 +294,7 @@ def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootst
     Args:
         a: Ranks of the runs A (seeds of one kind), as `load_ranks` gives them.
         b: Ranks of the runs B.
-        k: The recall is R@k, the mean of both directions and of the runs.
+        k: The recall is R@k, the mean of both directions, of the runs, and of several k.
         bootstrap: Bootstrap replicates.
 
     Returns:
@@ -281,7 +306,9 @@ def paired_difference(a: Sequence[Ranks], b: Sequence[Ranks], k: int = 1, bootst
     return _mean_hits([(1.0, a), (-1.0, b)], k, bootstrap)
 
 
-def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap: int) -> dict[str, float]:
+def _mean_hits(
+    terms: Sequence[tuple[float, Sequence[Ranks]]], k: int | Sequence[int], bootstrap: int
+) -> dict[str, float]:
     """Sum of the terms' signs times the mean hit rate of their runs, with an interval."""
     if not all(runs for _, runs in terms):
         raise ValueError("ranks must hold those of at least one run, got none")
@@ -290,8 +317,12 @@ def _mean_hits(terms: Sequence[tuple[float, Sequence[Ranks]]], k: int, bootstrap
         if not all(torch.equal(ranks[group], first[group]) for _, runs in terms for ranks in runs):
             raise ValueError(f"the runs must be evaluated on the same images, but their {group} differ")
 
+    ks = torch.tensor(k).reshape(-1, 1)
+
     def hits(name: str) -> Tensor:
-        mean = [sign * torch.stack([ranks[name] <= k for ranks in runs]).double().mean(0) for sign, runs in terms]
+        mean = [
+            sign * torch.stack([(ranks[name] <= ks).double().mean(0) for ranks in runs]).mean(0) for sign, runs in terms
+        ]
         return torch.stack(mean).sum(0)[:, None]
 
     both = [(hits(rank), first[group]) for rank, group in DIRECTIONS.values()]

@@ -62,13 +62,14 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
     device = choose_device(workers.device or settings.device)
     progress = progress and workers.writes
-    checkpoint = workers.together(lambda: _load_checkpoint(settings, device))
+    settings, checkpoint = workers.together(lambda: _load_checkpoint(settings, device))
     workers.agree("the checkpoint", checkpoint and checkpoint["step"])
     if checkpoint and checkpoint["step"] == settings.steps:
         if progress:
             print(f"{settings.output} is finished: all its {settings.steps} steps are done")
         return settings.output
     latents = workers.together(lambda: load_latents(settings.latents))
+    settings = settings.for_images(sum(record.split == "train" for record in latents.records))
     workers.agree("the latents or a setting", (latents.fingerprint, replace(settings, device="")))
     settings.output.mkdir(parents=True, exist_ok=True)
     if not checkpoint and workers.writes:
@@ -112,6 +113,11 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
         raise KeyboardInterrupt(
             f"stopped after step {run.step} of {settings.steps}: the same command goes on from there"
         )
+    if progress and run.validation:
+        first = ", the first that was validated" if run.kept <= settings.validate_every else ""
+        print(
+            f"kept step {run.kept} of {settings.steps}{first}: validation recall {run.best:.1f}% (mean of R@1, 5, 10)"
+        )
     return settings.output
 
 
@@ -127,6 +133,7 @@ class Run:
     Attributes:
         step: Steps done.
         best: Highest validation score so far, in percent.
+        kept: The step that had it.
         losses: Losses since the last line of the log, 0-dim; on the device, so that no step waits.
         shown: What a progress bar may show.
     """
@@ -153,7 +160,7 @@ class Run:
             lr=settings.learning_rate,
             fused=True,
         )
-        self.step, self.best, self.log_bytes = 0, -1.0, 0
+        self.step, self.best, self.kept, self.log_bytes = 0, -1.0, 0, 0
         self.losses: list[Tensor] = []
         self.shown: dict[str, str] = {}
         self.start = time.perf_counter()
@@ -167,6 +174,7 @@ class Run:
             "step": self.step,
             "latents": self.fingerprint,
             "best": self.best,
+            "kept": self.kept,
             "seconds": time.perf_counter() - self.start,
             "losses": torch.tensor(losses),
             "log_bytes": self.log_file.tell(),
@@ -179,6 +187,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; the global random state too."""
         self.step, self.best, self.log_bytes = state["step"], state["best"], state["log_bytes"]
+        self.kept = state.get("kept", 0)  # 0: of an earlier version
         self.start = time.perf_counter() - state["seconds"]
         self.losses = list(state["losses"].to(self.device))
         self.aligner.load_state_dict(state["model"])
@@ -211,8 +220,9 @@ class Run:
             {f"validation/{way}/{name}": value for way, values in found.items() for name, value in values.items()}
         )
         self.shown["R@1"] = f"{found['mean']['R@1']:.1f}"
-        if validation_score(found) > self.best:
-            self.best = validation_score(found)
+        score = validation_score(found)
+        if score > self.best:
+            self.best, self.kept = score, self.step
             self._save_best()
 
     def checkpoint(self) -> None:
@@ -394,12 +404,21 @@ def training_step(
     return loss.detach(), stop
 
 
-def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any] | None:
-    """Load the run's `last.pt`, if there is one, once its settings and its latents are seen to be the same."""
+def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings, dict[str, Any] | None]:
+    """Load the run's `last.pt`, if there is one, once its settings and its latents are seen to be the same.
+
+    Returns:
+        The settings, with those of the run for what was to follow the data, and the checkpoint.
+    """
     run = settings.output
     if not (run / "last.pt").is_file():
-        return None
+        return settings, None
     stored = run_settings(run)
+    settings = replace(
+        settings,
+        steps=settings.steps or stored.steps,
+        validate_every=settings.validate_every or stored.validate_every,
+    )
     for name, now in vars(settings).items():
         before = getattr(stored, name)
         # A run directory may have been moved.
@@ -416,7 +435,7 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> dict[str, Any]
             f"latents {settings.latents} are not those that the run stored in {run} was trained on, {why}: "
             "take another --output, or delete the run"
         )
-    return checkpoint
+    return settings, checkpoint
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
