@@ -107,7 +107,7 @@ def test_missing_latents_and_options_are_named(tmp_path, capsys):
 
 
 def test_ctrl_c_is_one_sentence(config, monkeypatch, capsys):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt("stopped after step 3 of 9: the same command goes on from there")
 
     monkeypatch.setattr("modest_align_train.train.train", stopped)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -94,12 +94,9 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
                 run.step += 1
                 for group in run.optimizer.param_groups:
                     group["lr"] = learning_rate(run.step, settings)
-                loss, asked = training_step(
-                    run.aligner, run.optimizer, *run.batches.draw(), settings, workers, interrupted.is_set
-                )
-                run.losses.append(loss)
+                run.losses.append(training_step(run.aligner, run.optimizer, *run.batches.draw(), settings, workers))
                 last = run.step == settings.steps
-                stop = last or asked
+                stop = workers.any(interrupted.is_set()) or last
 
                 if last or run.step % settings.log_every == 0:
                     run.log()
@@ -375,13 +372,8 @@ def training_step(
     group: Tensor | None,
     settings: Settings,
     workers: Workers = ALONE,
-    asked_to_stop: Callable[[], bool] = bool,
-) -> tuple[Tensor, bool]:
-    """One optimiser step on a batch of unit-norm latents, the same on every worker.
-
-    Returns:
-        Its loss, detached, and whether any worker was asked to stop.
-    """
+) -> Tensor:
+    """One optimiser step on a batch of unit-norm latents, the same for every worker; its loss, detached."""
     # For the whole batch, of which this worker then takes its share.
     if settings.fusemix_alpha:
         image, text = fuse(image, text, settings.fusemix_alpha)
@@ -395,13 +387,13 @@ def training_step(
     with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type == "cuda"):
         loss = aligner.loss(aligner.image_adapter(image), aligner.text_adapter(text), group_ids=group)
     loss.backward()
-    stop = workers.average_gradients(aligner.parameters(), asked_to_stop())
+    workers.average_gradients(aligner.parameters())
     optimizer.step()
     optimizer.zero_grad()
     if settings.learn_scale:
         with torch.no_grad():
             aligner.loss.log_scale.clamp_(max=math.log(settings.max_scale))
-    return loss.detach(), stop
+    return loss.detach()
 
 
 def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings, dict[str, Any] | None]:

@@ -83,22 +83,24 @@ class Workers:
         """The rows of all processes, [their sum, ...], in the order of their numbers, on this one's device."""
         return rows if self.group is None else torch.cat([r.to(rows.device) for r in self.everyone(rows.cpu())])
 
-    def average_gradients(self, parameters: Iterable[Tensor], asked_to_stop: bool) -> bool:
-        """Make each gradient its mean over the processes, as DistributedDataParallel does.
-
-        Returns:
-            Whether any process was asked to stop.
-        """
+    def any(self, own: bool) -> bool:
+        """Whether it is so for any process."""
         if self.group is None:
-            return asked_to_stop
+            return own
+        # On the CPU: a GPU need not wait.
+        flag = torch.tensor([own], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make each gradient its mean over the processes, as DistributedDataParallel does."""
+        if self.group is None:
+            return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        stop = gradients[0].new_full((1,), float(asked_to_stop))
-        flat = torch.cat([gradient.flatten() for gradient in gradients] + [stop])
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=self.group)
-        *means, stop = (flat / self.size).split([gradient.numel() for gradient in gradients] + [1])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        return bool(stop > 0)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient) / self.size)
 
 
 ALONE = Workers()
