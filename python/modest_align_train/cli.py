@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from modest_align_train.settings import Settings, read_settings
+from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings, read_settings
 
 # Modules that need torch are imported by the subcommands, so that --help is quick.
 
@@ -146,9 +146,9 @@ def tune(
     latents: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LATENTS")],
     output: _Output = Path("tuned"),
     *,
-    noise: _Numbers = (0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1),
-    smoothing: _Numbers = (0, 0.1),
-    seeds: int = 3,
+    noise: _Numbers = TUNE_NOISE,
+    smoothing: _Numbers = TUNE_SMOOTHING,
+    seeds: int = TUNE_SEEDS,
     config: _OptionalPath = None,
 ) -> None:
     """Choose noise and smoothing for these latents on their validation split; an interrupted tuning goes on.

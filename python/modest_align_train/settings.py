@@ -19,6 +19,11 @@ else:
 # What settings files of earlier versions say, and what it is called now.
 RENAMED = {"noise_std": "latent_noise_std"}
 
+# What `tune` tries, from nothing to where noise ruins the alignment; here for --help, which loads no torch.
+TUNE_NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
+TUNE_SMOOTHING = (0.0, 0.1)
+TUNE_SEEDS = 3
+
 _Path = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
 _Count = Annotated[int, Field(ge=1)]
 _CountFromZero = Annotated[int, Field(ge=0)]

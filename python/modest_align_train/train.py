@@ -110,7 +110,7 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
         raise KeyboardInterrupt(
             f"stopped after step {run.step} of {settings.steps}: the same command goes on from there"
         )
-    if progress and run.validation:
+    if progress and run.kept:
         first = ", the first that was validated" if run.kept <= settings.validate_every else ""
         print(
             f"kept step {run.kept} of {settings.steps}{first}: validation recall {run.best:.1f}% (mean of R@1, 5, 10)"

@@ -35,12 +35,9 @@ from modest_align_train.evaluate import (
 from modest_align_train.figures import COLOURS, plot
 from modest_align_train.files import atomic_path, write_file, write_json
 from modest_align_train.latents import MANIFEST, load_latents, split_counts
-from modest_align_train.settings import Settings
+from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings
 from modest_align_train.train import train
 
-NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
-SMOOTHING = (0.0, 0.1)
-SEEDS = 3
 # Of the noises, how many are tried with smoothing; of all settings, how many with every seed.
 _WITH_SMOOTHING, _WITH_EVERY_SEED = 2, 3
 _NORMAL_97_5 = 1.96
@@ -91,9 +88,9 @@ class Tuned:
 def tune(
     settings: Settings,
     *,
-    noise: Sequence[float] = NOISE,
-    smoothing: Sequence[float] = SMOOTHING,
-    seeds: int = SEEDS,
+    noise: Sequence[float] = TUNE_NOISE,
+    smoothing: Sequence[float] = TUNE_SMOOTHING,
+    seeds: int = TUNE_SEEDS,
     progress: bool = True,
 ) -> Tuned:
     """Choose `latent_noise_std` and `smoothing` by the validation split; the test split is not looked at.
