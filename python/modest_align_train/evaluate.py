@@ -211,19 +211,19 @@ def chance(latents: Latents) -> dict[str, float]:
     """Recalls of a random order of the candidates, the mean of both directions, in percent.
 
     Args:
-        latents: Of one split; gives the groups.
+        latents: Of one split.
     """
-    groups = int(latents.group.max()) + 1
-    caption_group = latents.group[latents.caption_image]
-    images, captions = (group.bincount(minlength=groups).double() for group in (latents.group, caption_group))
+    answers, images, captions = Answers(latents), len(latents.image), len(latents.text)
     found = dict.fromkeys(RECALLS, 0.0)
-    for queries, right in ((images, captions), (captions, images)):
-        candidates, missed = right.sum(), torch.ones_like(right)
+    for queries, candidates, of in ((images, captions, answers.captions), (captions, images, answers.images)):
+        rows = torch.arange(queries, device=latents.group.device).split(max(1, _SIMILARITIES // candidates))
+        right = torch.cat([of(some).sum(1) for some in rows]).double()
+        missed = torch.ones_like(right)
         for k in range(1, max(RECALL_AT) + 1):
             # The k-th of the order is wrong as well; a query finds all once no wrong ones are left.
-            missed = missed * (candidates - right - k + 1).clamp_min(0) / (candidates - k + 1).clamp_min(1)
+            missed = missed * (candidates - right - k + 1).clamp_min(0) / max(candidates - k + 1, 1)
             if k in RECALL_AT:
-                found[f"R@{k}"] += 50 * (1 - float(missed @ queries / queries.sum()))
+                found[f"R@{k}"] += 50 * (1 - float(missed.mean()))
     return found
 
 

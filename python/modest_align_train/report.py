@@ -154,11 +154,12 @@ def _summary(runs: Sequence[TrainedRun], best: TrainedRun, encoders: tuple[str, 
     what = f" aligned {encoders[0]} with {encoders[1]}" if encoders else " aligned two encoders"
     recall = result["mean"]["R@1"]
     ece = result["calibration"]["mean"]["ece"]
+    guessing = result.get("chance", {"R@1": 100 / result["groups"]})["R@1"]  # an earlier version stored none
     who = f"the one with the highest mean recall, {best.name}," if len(runs) > 1 else "it"
     return (
         f"{subject}{what}; on {result['images']:,} {result['split']} images and {result['captions']:,} "
         f"captions, {who} ranks a right answer first for {recall['value']:.1f}% of the queries "
-        f"(95% interval {_interval(recall)}; guessing: about {100 / result['groups']:.2f}%), and its "
+        f"(95% interval {_interval(recall)}; guessing: {guessing:.2f}%), and its "
         f"confidence is off by {ece['value']:.1f} points on average (ECE)."
     )
 
