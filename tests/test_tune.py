@@ -105,10 +105,10 @@ def test_from_the_command_line_to_a_trained_run(tmp_path, settings, capsys):
     assert table.count("| chosen |") == 1
     results = json.loads((tmp_path / "tuned" / "results.json").read_text())
     tried = {(row["latent_noise_std"], row["smoothing"]): row["seeds"] for row in results["rows"]}
-    # every noise alone; smoothing on InfoNCE and on both noises; then the best three and InfoNCE with both seeds
-    assert set(tried) == {(std, share) for std in (0, 0.02, 0.5) for share in (0, 0.1)}
+    # every noise alone; smoothing on the two best of them; then the best three and InfoNCE with both seeds
+    assert {(0, 0), (0.02, 0), (0.5, 0)} < set(tried)
     assert tried[0, 0] == 2
-    assert sorted(tried.values()) == [1, 1, 2, 2, 2, 2]
+    assert sorted(tried.values()) == [1, 2, 2, 2, 2]
     with Image.open(tmp_path / "tuned" / "tune.png") as picture:
         assert picture.width > 600
 

@@ -20,7 +20,7 @@ else:
 RENAMED = {"noise_std": "latent_noise_std"}
 
 # What `tune` tries, from nothing to where noise ruins the alignment; here for --help, which loads no torch.
-TUNE_NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
+TUNE_NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
 TUNE_SMOOTHING = (0.0, 0.1)
 TUNE_SEEDS = 3
 

@@ -38,7 +38,7 @@ from modest_align_train.latents import MANIFEST, load_latents, split_counts
 from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings
 from modest_align_train.train import train
 
-# Of the noises, how many are tried with smoothing; of all settings, how many with every seed.
+# Of the noises, how many are tried with smoothing; of all settings, how many beside InfoNCE with every seed.
 _WITH_SMOOTHING, _WITH_EVERY_SEED = 2, 3
 _NORMAL_97_5 = 1.96
 
@@ -95,9 +95,9 @@ def tune(
 ) -> Tuned:
     """Choose `latent_noise_std` and `smoothing` by the validation split; the test split is not looked at.
 
-    Three rounds: each noise without smoothing, with one seed; each smoothing on InfoNCE and on the two best noises,
-    with one seed; InfoNCE and the three best settings so far with every seed, and of these the choice (`choose`). A
-    run that is finished is not repeated.
+    Three rounds: each noise without smoothing, with one seed; each smoothing on the two best of them, with one seed;
+    InfoNCE and the three best others so far with every seed, and of these the choice (`choose`). By default 16 runs;
+    one that is finished is not repeated.
 
     Args:
         settings: Of every run but for the noise, the smoothing and the seed; `output` is the directory to write.
@@ -140,15 +140,14 @@ def tune(
         for (setting, seed), run in zip(wanted, runs, strict=True):
             ranks.setdefault(setting, {})[seed] = load_file(_ranks_path(run))
 
-    def best(count: int) -> list[Setting]:
-        others = [setting for setting in ranks if setting != INFONCE]
-        return [INFONCE, *sorted(others, key=lambda setting: _score(ranks[setting]), reverse=True)[:count]]
+    def by_score() -> list[Setting]:
+        return sorted(ranks, key=lambda setting: _score(ranks[setting]), reverse=True)
 
     with Workers(settings.device, len(stds)) as workers:
         measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
-        smoothed = [Setting(std, share) for std, _ in best(_WITH_SMOOTHING) for share in smoothings if share]
+        smoothed = [Setting(std, share) for std, _ in by_score()[:_WITH_SMOOTHING] for share in smoothings if share]
         measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
-        remaining = best(_WITH_EVERY_SEED)
+        remaining = [INFONCE, *(setting for setting in by_score() if setting != INFONCE)][: 1 + _WITH_EVERY_SEED]
         measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
 
     chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
