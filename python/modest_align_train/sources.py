@@ -333,6 +333,11 @@ def _read_table(
             skipped.append(Skipped(origin, "no caption", str(error)))
             continue
         name = name.strip()
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+            skipped.append(Skipped(origin, "a URL: download the images first, img2dataset does", ""))
+            continue
+        if "\\" in name and not (root / name).exists():
+            name = name.replace("\\", "/")  # as Windows writes paths
         yield _Pair(
             key=_key(path, name),
             captions=texts,
@@ -369,7 +374,8 @@ def _find_column(path: Path, columns: list[str], known: tuple[str, ...], wanted:
 
 
 def _optional(row: dict[str, Any], column: str) -> str | None:
-    value = row.get(column)
+    # pandas names the column of its row numbers "", which here stands for no column.
+    value = row.get(column) if column else None
     return None if is_missing(value) else str(value)
 
 
