@@ -53,7 +53,11 @@ def main(args: Sequence[str] | None = None) -> int:
             description="Align two frozen encoders with few, noisy pairs.",
             args=args,
         )
-    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
+    except OSError as error:
+        # Our own say all in their words; the system's have a number, and the path apart.
+        print(f"modest-align: {f'{error.filename}: {error.strerror}' if error.errno else error}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, ImportError, FloatingPointError) as error:
         print(f"modest-align: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from modest_align_train.encoders import (
     load_text_encoder,
     local_files,
 )
-from modest_align_train.files import write_json
+from modest_align_train.files import read_json, write_json
 from modest_align_train.latents import (
     FORMAT_VERSION,
     MANIFEST,
@@ -214,7 +213,7 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
             difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
