@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +29,7 @@ from modest_align_train.encoders import (
     load_text_encoder,
     local_files,
 )
-from modest_align_train.files import read_json, write_json
+from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.latents import (
     FORMAT_VERSION,
     MANIFEST,
@@ -45,6 +48,7 @@ from modest_align_train.skips import Skipped, count_reasons
 from modest_align_train.sources import find_files, fingerprint, read_source
 
 _PRINTED_A_REASON = 3
+_SECONDS_UNSAVED = 30
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,7 +72,7 @@ def extract(
 ) -> Latents:
     """Encode images and their captions with frozen encoders and store the latents.
 
-    An interrupted extraction goes on after its last whole shard when it is called again; a finished one of
+    An interrupted extraction goes on from its last half minute when it is called again; a finished one of
     the same source and encoders is loaded at once. What cannot be read is reported and left out.
 
     Args:
@@ -85,7 +89,7 @@ def extract(
         group_column: Column, or field of a tar's .json, whose equal values say that images show the same thing:
             they stay in one split, and the captions of one are right answers for the others. Not used unless named.
         batch_size: Images a batch; what is fast on the device if not given.
-        shard_size: Images a shard: what an interruption can lose.
+        shard_size: Images a shard.
         device: auto, cpu, cuda, ...
         progress: Show a progress bar and say what was left out.
 
@@ -140,26 +144,32 @@ def extract(
     encode_images = load_image_encoder(image_encoder, device)
     encode_texts = load_text_encoder(text_encoder, device)
     output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink()
     shards = _whole_shards(output, partial["shards"] if partial else [])
+    now = f"shard-{len(shards):05d}.partial" if partial else None
+    for leftover in (*output.glob(".*.tmp"), *output.glob("shard-*.partial")):
+        if leftover.name != now:
+            leftover.unlink()
     done = sum(shard["records"] for shard in shards)
     if partial:
         say(f"going on after an interruption: {done:,} images are there, in {len(shards)} whole shards")
 
     report = _SkipReport(say)
     report.add(contents.skipped)
+    report.add([Skipped(**one) for shard in shards for one in shard["skipped"] + shard["faulty"]])
     todo = contents.records[done:]
+    # From here on what is left of a shard has an origin.
+    write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
     started = perf_counter()
     total = sum(1 + len(record.captions) for record in todo)
     with tqdm(total=total, unit=" items", disable=not progress, smoothing=0.05) as bar:
         for records in in_batches(todo, shard_size):
             bar.set_description("images")
-            image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
+            unfinished = _Unfinished(output / f"shard-{len(shards):05d}.partial", encode_images.dim, encode_texts.dim)
+            image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update, unfinished)
             report.add(unread)
             bar.set_description("captions")
             captions = [caption for record in kept for caption in record.captions]
-            text = _encode_captions(captions, encode_texts, bar.update)
+            text = _encode_captions(captions, encode_texts, bar.update, unfinished)
             faulty = _faulty_captions(kept, encode_texts)
             report.add(faulty)
             counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
@@ -168,6 +178,7 @@ def extract(
             kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
             shards.append({**entry, "records": len(records), **kept_apart})
             write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
+            unfinished.path.unlink(missing_ok=True)
             total -= sum(len(record.captions) for record in records) - len(text)
             bar.total = total
     report.close()
@@ -235,48 +246,83 @@ def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, 
     return shards
 
 
+class _Unfinished:
+    """What is done of the shard under way, in a file now and then: what an interruption need not cost.
+
+    Attributes:
+        path: The file.
+        image: Latents of the images that can be read, batches [n, Di].
+        text: Latents of the different captions, the shortest first, batches [n, Dt].
+        unread: What `Skipped` says of each image that was tried, None for one that can be read.
+    """
+
+    def __init__(self, path: Path, image_dim: int, text_dim: int) -> None:
+        self.path = path
+        self.image, self.text = [torch.empty(0, image_dim)], [torch.empty(0, text_dim)]
+        self.unread: list[dict[str, str] | None] = []
+        self.saved_at = perf_counter()
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                self.image.append(file.get_tensor("image"))
+                self.text.append(file.get_tensor("text"))
+                self.unread = json.loads(file.metadata()["unread"])
+
+    def save(self) -> None:
+        """Write the file, unless that was a moment ago."""
+        if perf_counter() - self.saved_at >= _SECONDS_UNSAVED:
+            tensors = {"image": torch.cat(self.image), "text": torch.cat(self.text)}
+            write_file(self.path, save_safetensors(tensors, {"unread": json.dumps(self.unread)}))
+            self.saved_at = perf_counter()
+
+
 def _encode_images(
     records: Sequence[Record],
     encoder: ImageEncoder,
     batch_size: int | None,
     progress: Callable[[int], object],
+    unfinished: _Unfinished,
 ) -> tuple[Tensor, list[Record], list[Skipped]]:
     """Encode the images that can be read: latents [kept, Di], their records, and why not the others."""
 
-    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[Record], list[Skipped]]:
+    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[dict[str, str] | None]]:
         decoded = [_decode(record, encoder) for record in batch]
         pixels = [one for one in decoded if isinstance(one, Tensor)]
         return (
             encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
-            [record for record, one in zip(batch, decoded, strict=True) if isinstance(one, Tensor)],
-            [one for one in decoded if isinstance(one, Skipped)],
+            [asdict(one) if isinstance(one, Skipped) else None for one in decoded],
         )
 
-    latents: list[Tensor] = []
-    kept: list[Record] = []
-    skipped: list[Skipped] = []
+    progress(len(unfinished.unread))
     with _threads(encoder.device) as threads:
-        batches = in_batches(records, batch_size or encoder.batch_size)
-        for batch_latents, batch_kept, batch_skipped in _map_in_order(encode, batches, threads):
-            latents.append(batch_latents)
-            kept += batch_kept
-            skipped += batch_skipped
-            progress(len(batch_kept) + len(batch_skipped))
-    return torch.cat(latents), kept, skipped
+        batches = in_batches(records[len(unfinished.unread) :], batch_size or encoder.batch_size)
+        for latents, unread in _map_in_order(encode, batches, threads):
+            unfinished.image.append(latents)
+            unfinished.unread += unread
+            unfinished.save()
+            progress(len(unread))
+    return (
+        torch.cat(unfinished.image),
+        [record for record, unread in zip(records, unfinished.unread, strict=True) if unread is None],
+        [Skipped(**unread) for unread in unfinished.unread if unread],
+    )
 
 
-def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object]) -> Tensor:
+def _encode_captions(
+    captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object], unfinished: _Unfinished
+) -> Tensor:
     """Encode captions: n strings -> [n, Dt]; equal ones once, those of like length together."""
     counts = Counter(captions)
     by_length = sorted(counts, key=len)
-    latents = [torch.empty(0, encoder.dim)]
+    done = sum(map(len, unfinished.text))
+    progress(sum(counts[caption] for caption in by_length[:done]))
     with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
-        batches = list(in_batches(by_length, encoder.batch_size))
-        for batch, batch_latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
-            latents.append(batch_latents)
+        batches = list(in_batches(by_length[done:], encoder.batch_size))
+        for batch, latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
+            unfinished.text.append(latents)
+            unfinished.save()
             progress(sum(counts[caption] for caption in batch))
     row = {caption: number for number, caption in enumerate(by_length)}
-    return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
+    return torch.cat(unfinished.text)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
 
 
 def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Skipped]:
