@@ -177,7 +177,7 @@ def test_an_interruption_costs_half_a_minute_and_not_a_shard(tmp_path, counters,
     with pytest.raises(KeyboardInterrupt):
         extract(table, output, shard_size=10, progress=False)
     assert list(output.glob("shard-*.partial"))
-    done, captions = counters.images, len(counters.captions)
+    done = counters.images
     counters.images, counters.interrupt_after, counters.on_captions = 0, None, lambda: False
     check(extract(table, output, shard_size=10, progress=False), [0, 2, 3, *range(5, 20)])
     assert stored_bytes(output) == stored_bytes(tmp_path / "whole")
@@ -252,10 +252,10 @@ def test_latents_of_something_else_are_never_mixed(tmp_path, counters, finished)
         counters.interrupt_after = None
     before = stored_bytes(output)
     with pytest.raises(
-        ValueError, match=r"holds latents of text_encoder 'all-MiniLM-L6-v2', now 'open_clip:x:y': choose another"
+        ValueError, match=r"holds latents of text_encoder all-MiniLM-L6-v2, now open_clip:x:y: choose another"
     ):
         extract(table, output, text_encoder="open_clip:x:y", progress=False)
-    with pytest.raises(ValueError, match=r"holds latents of split None, now 'test'"):
+    with pytest.raises(ValueError, match=r"holds latents of split not given, now test"):
         extract(table, output, split="test", progress=False)
     table.write_text(table.read_text().replace("shared", "SHARED"))
     with pytest.raises(ValueError, match=r"holds latents of the source as it was before its files changed"):
@@ -301,7 +301,7 @@ def test_what_was_found_is_said_and_kept(tmp_path, counters, capsys):
     assert all(sentence in printed for sentence in found)
     asked = extract(table, tmp_path / "asked", group_column="group", progress=False)
     assert asked.group.tolist() == [0] * 4
-    with pytest.raises(ValueError, match=r"holds latents of group_column None, now 'group'"):
+    with pytest.raises(ValueError, match=r"holds latents of group_column not given, now group"):
         extract(table, tmp_path / "latents", group_column="group", progress=False)
 
 

@@ -164,6 +164,29 @@ def test_time_grows_with_the_rows_only(tmp_path):
     assert seconds(64_000) < 64 * seconds(4_000)  # 16 times the rows
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", f"<html>{'secret ' * 900},x\n1,2\n"),
+        ("t.csv", ",".join(f"secret{number}" for number in range(900)) + "\n" + ",".join("x" * 900) + "\n"),
+        ("t.csv", "secret " * 900 + ",a," + "secret " * 900 + "\n1,2,3\n"),
+        ("t.csv", f"image,caption,split\na.png,x,{'secret ' * 900}\n"),
+        ("t.json", json.dumps({"secret " * 900: 1})),
+        ("t.json", json.dumps({f"secret{number}": 1 for number in range(900)})),
+        ("t.json", json.dumps({"images": [{"file": "secret " * 900}]})),
+        ("t.json", json.dumps({"images": [{"id": "secret " * 900}], "annotations": []})),
+        ("t.jsonl", json.dumps({"image": {"secret " * 900: 1}, "caption": "x"})),
+        ("t.jsonl", json.dumps({"image": "a", "caption": {"secret " * 900: 1}})),
+        ("t.jsonl", '{"secret": ' + "secret " * 900),
+    ],
+)
+def test_no_sentence_holds_a_files_content(tmp_path, name, content):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # whatever it says, it is short
+        read(tmp_path / name, content)
+    assert len(str(caught.value)) < 700
+    assert str(caught.value).count("secret") <= 20
+
+
 def test_a_cut_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=r"t\.parquet is not a whole Parquet file \([^\n]*\)$"):

@@ -227,13 +227,17 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     manifest = read_json(path)
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
-            difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
+            difference = f"{key} {_plain(manifest.get(key))}, now {_plain(wanted)}"
             if key == "format_version":
                 difference = "another version of this program"
             elif key.endswith("_fingerprint"):
                 difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
             raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
     return manifest
+
+
+def _plain(value: Any) -> str:
+    return "not given" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:

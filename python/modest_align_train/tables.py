@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from modest_align_train.pictures import IMAGE_SUFFIXES
@@ -146,7 +147,7 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
         if not header:
             header = cells
             if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
+                twice = shorten(next(name for name in header if header.count(name) > 1), 30, placeholder="...")
                 raise ValueError(f"{path} must name each column once, got {twice!r} twice")
         elif any(cells):
             if len(cells) != len(header):
