@@ -106,6 +106,44 @@ def test_missing_latents_and_options_are_named(tmp_path, capsys):
     assert "trian" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("extract", "t.csv", "out", "--caption-column", "a", "--caption-column", "b"),
+        ("extract", "t.csv", "out", "--image-root=a", "--image_root", "b"),
+        ("train", "--latents", "a", "--output", "b", "--output", "c"),
+        ("train", "--latents", "a", "--output", "b", "--learn-scale", "--no-learn-scale"),
+        ("search", "run", "text", "--top", "1", "--top", "2"),
+        ("report", "run", "--title", "a", "--title=b"),
+    ],
+)
+def test_a_repeated_flag_is_refused(words, capsys):
+    assert run(*words) == 2
+    flag = next(word for word in reversed(words) if word.startswith("--")).partition("=")[0].replace("_", "-")
+    flag = flag.replace("--no-", "--")
+    sentence = f"{flag} must be given once, with all its values, got it 2 times"
+    assert capsys.readouterr().err == f"modest-align: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("extract", "{}/t.csv", "{}/x", "--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("extract", "{}/t.csv", "{}/x", "--split", "all"), "--split must be train, validation or test, got 'all'"),
+        (("extract", "{}/t.csv", "{}/x", "--image-column", "b"), "--image-column must be one of {}/t.csv's columns"),
+        (("extract", "{}/t.csv", "{}/x"), "name it by --caption-column, one of: image, words, image_column"),
+        (("train", "--latents", "{}", "--output", "{}/x", "--warmup-steps", "-1"), "--warmup-steps must be greater"),
+        (("train", "--latents", "{}", "--output", "{}/x", "--steps", "0"), "--steps must be greater"),
+        (("search", "{}", "text", "--top", "0"), "--top must be at least 1, got 0"),
+        (("demo", "{}/x", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_sentences_name_flags(words, sentence, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("image,words,image_column\na.png,x,y\n")
+    assert run(*(word.format(tmp_path) for word in words)) == 2
+    assert sentence.format(tmp_path) in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_sentence(config, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt("stopped after step 3 of 9: the same command goes on from there")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -34,6 +35,7 @@ class Counters:
         self.images = 0
         self.captions = []
         self.interrupt_after = None
+        self.on_captions = lambda: False
 
 
 def mean_color(image):
@@ -57,6 +59,8 @@ def counters(monkeypatch):
 
     def forward_texts(captions):
         counters.captions += captions
+        if counters.on_captions():
+            raise KeyboardInterrupt
         return torch.tensor([caption_features(caption) for caption in captions])
 
     def load_images(name, device):
@@ -157,6 +161,55 @@ def test_goes_on_after_an_interruption(tmp_path, counters, capsys):
     assert stored_bytes(tmp_path / "latents") == stored_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("interrupt_after", [5, 13, 20])
+def test_an_interruption_costs_half_a_minute_and_not_a_shard(tmp_path, counters, monkeypatch, interrupt_after):
+    table = write_pairs(tmp_path, 20, damaged=[1, 4])
+    extract(table, tmp_path / "whole", shard_size=10, progress=False)
+    monkeypatch.setattr(module, "_SECONDS_UNSAVED", 0)
+    monkeypatch.setattr(module, "_threads", lambda device: contextlib.nullcontext(1))
+    output = tmp_path / "latents"
+    counters.images, counters.interrupt_after = 0, interrupt_after
+    if interrupt_after == 20:
+        # In the middle of the last shard's captions.
+        texts = itertools.count()
+        monkeypatch.setattr(module, "_SECONDS_UNSAVED", 0)
+        counters.on_captions = lambda: next(texts) == 5
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, output, shard_size=10, progress=False)
+    assert list(output.glob("shard-*.partial"))
+    done = counters.images
+    counters.images, counters.interrupt_after, counters.on_captions = 0, None, lambda: False
+    check(extract(table, output, shard_size=10, progress=False), [0, 2, 3, *range(5, 20)])
+    assert stored_bytes(output) == stored_bytes(tmp_path / "whole")
+    # 18 can be read; up to three batches of two images were under way.
+    assert done + counters.images <= 18 + 6
+    if interrupt_after == 20:
+        assert counters.images == 0
+
+
+def test_what_is_left_of_a_shard_belongs_to_its_source(tmp_path, counters, monkeypatch):
+    table = write_pairs(tmp_path, 8)
+    monkeypatch.setattr(module, "_SECONDS_UNSAVED", 0)
+    counters.interrupt_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, tmp_path / "latents", progress=False)
+    table.write_text(table.read_text().replace("shared", "SHARED"))
+    counters.interrupt_after = None
+    with pytest.raises(ValueError, match=r"holds latents of the source as it was before its files changed"):
+        extract(table, tmp_path / "latents", progress=False)
+
+
+def test_all_that_was_left_out_is_counted_after_an_interruption_too(tmp_path, counters, capsys):
+    table = write_pairs(tmp_path, 20, damaged=[2, 4, 16])
+    counters.interrupt_after = 12
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, tmp_path / "latents", shard_size=5)
+    counters.interrupt_after = None
+    capsys.readouterr()
+    extract(table, tmp_path / "latents", shard_size=5)
+    assert "\n3  not an image\n" in capsys.readouterr().out
+
+
 def test_an_interrupted_shard_is_not_counted_before_it_is_listed(tmp_path, counters, monkeypatch):
     table = write_pairs(tmp_path, 8)
     write_json = module.write_json
@@ -199,10 +252,10 @@ def test_latents_of_something_else_are_never_mixed(tmp_path, counters, finished)
         counters.interrupt_after = None
     before = stored_bytes(output)
     with pytest.raises(
-        ValueError, match=r"holds latents of text_encoder 'all-MiniLM-L6-v2', now 'open_clip:x:y': choose another"
+        ValueError, match=r"holds latents of text_encoder all-MiniLM-L6-v2, now open_clip:x:y: choose another"
     ):
         extract(table, output, text_encoder="open_clip:x:y", progress=False)
-    with pytest.raises(ValueError, match=r"holds latents of split None, now 'test'"):
+    with pytest.raises(ValueError, match=r"holds latents of split not given, now test"):
         extract(table, output, split="test", progress=False)
     table.write_text(table.read_text().replace("shared", "SHARED"))
     with pytest.raises(ValueError, match=r"holds latents of the source as it was before its files changed"):
@@ -248,7 +301,7 @@ def test_what_was_found_is_said_and_kept(tmp_path, counters, capsys):
     assert all(sentence in printed for sentence in found)
     asked = extract(table, tmp_path / "asked", group_column="group", progress=False)
     assert asked.group.tolist() == [0] * 4
-    with pytest.raises(ValueError, match=r"holds latents of group_column None, now 'group'"):
+    with pytest.raises(ValueError, match=r"holds latents of group_column not given, now group"):
         extract(table, tmp_path / "latents", group_column="group", progress=False)
 
 

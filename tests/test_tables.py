@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from modest_align_train.sources import read_source
+from modest_align_train.tables import read_table
 
 
 def read(path, content, **options):
@@ -80,6 +82,14 @@ def test_a_quote_never_swallows_rows(tmp_path):
     assert skipped == {"line 2": "damaged quotes"}
 
 
+def test_lines_that_may_have_been_joined_are_said(tmp_path):
+    content = 'image,caption\n1,"a dog\n2,a cat"\n3,"a cow,\nand a calf"\n4,"one line, two"\n5,"x\ny"\n'
+    captions, skipped = read(tmp_path / "t.csv", content)
+    assert captions["1"] == ("a dog 2,a cat",)
+    assert captions["3"] == ("a cow, and a calf",)
+    assert skipped == {"line 2": "a cell of several lines, one of which could be a row, kept"}
+
+
 def test_quotes_in_a_table_that_does_not_quote(tmp_path):
     content = 'image\tcaption\na.png\t"a dog\nb.png\t"a cat" on a mat\n'
     assert read(tmp_path / "t.tsv", content) == ({"a.png": ('"a dog',), "b.png": ('"a cat" on a mat',)}, {})
@@ -125,6 +135,56 @@ def test_missing_captions(tmp_path):
     captions, skipped = read(tmp_path / "t.json", json.dumps(rows))
     assert captions == {"0.png": ("x",), "3.png": ("y",)}
     assert skipped == {"1.png": "no caption", "2.png": "no caption", "3.png": "an empty caption"}
+
+
+def test_row_numbers_that_pandas_writes(tmp_path):
+    content = ",image,caption\n0,a.png,a dog\n1,b.png,a cat\n"
+    assert read(tmp_path / "t.csv", content) == ({"a.png": ("a dog",), "b.png": ("a cat",)}, {})
+
+
+def test_paths_of_windows_and_urls(tmp_path):
+    content = "image,caption\nsub\\a.png,a dog\nhttps://example.org/b.png,a cat\ns3://x/c.png,a cow\n"
+    reason = "a URL: download the images first, img2dataset does"
+    assert read(tmp_path / "t.csv", content) == ({"sub/a.png": ("a dog",)}, {"line 3": reason, "line 4": reason})
+
+
+def test_a_zero_byte_is_no_utf_16(tmp_path):
+    assert read(tmp_path / "t.csv", b"image,caption\na.png,x\0y\nb.png,z\n")[0]["b.png"] == ("z",)
+
+
+def test_time_grows_with_the_rows_only(tmp_path):
+    def seconds(rows):
+        path = tmp_path / "t.csv"
+        path.write_text("image,caption\n" + "".join(f"{row}.png,dog {row}\n" for row in range(rows)))
+        started = time.process_time()
+        read_table(path, [])
+        return time.process_time() - started
+
+    seconds(1000)
+    assert seconds(64_000) < 64 * seconds(4_000)  # 16 times the rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", f"<html>{'secret ' * 900},x\n1,2\n"),
+        ("t.csv", ",".join(f"secret{number}" for number in range(900)) + "\n" + ",".join("x" * 900) + "\n"),
+        ("t.csv", "secret " * 900 + ",a," + "secret " * 900 + "\n1,2,3\n"),
+        ("t.csv", f"image,caption,split\na.png,x,{'secret ' * 900}\n"),
+        ("t.json", json.dumps({"secret " * 900: 1})),
+        ("t.json", json.dumps({f"secret{number}": 1 for number in range(900)})),
+        ("t.json", json.dumps({"images": [{"file": "secret " * 900}]})),
+        ("t.json", json.dumps({"images": [{"id": "secret " * 900}], "annotations": []})),
+        ("t.jsonl", json.dumps({"image": {"secret " * 900: 1}, "caption": "x"})),
+        ("t.jsonl", json.dumps({"image": "a", "caption": {"secret " * 900: 1}})),
+        ("t.jsonl", '{"secret": ' + "secret " * 900),
+    ],
+)
+def test_no_sentence_holds_a_files_content(tmp_path, name, content):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # whatever it says, it is short
+        read(tmp_path / name, content)
+    assert len(str(caught.value)) < 700
+    assert str(caught.value).count("secret") <= 20
 
 
 def test_a_cut_parquet(tmp_path):

@@ -7,6 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,20 @@ def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner
     return load_checkpoint(run, device).aligner
 
 
+def read_state(path: Path, device: torch.device | str) -> tuple[dict[str, Any], str]:
+    """Read a file of `torch.save`: the dict, with its tensors on the device, and the SHA-256 of the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    content = path.read_bytes()
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception:  # torch raises anything on damaged files
+        raise ValueError(f"{path} is damaged: train into another --output, or delete this one") from None
+    return state, hashlib.sha256(content).hexdigest()
+
+
 def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Load the best checkpoint of a run.
 
@@ -211,8 +226,7 @@ def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Chec
         raise FileNotFoundError(f"{run} is not a trained run: it has no best.pt")
     # A run trained with a backend that this machine lacks must still load.
     settings = replace(run_settings(run), backend="auto")
-    content = (run / "best.pt").read_bytes()
-    state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    state, digest = read_state(run / "best.pt", device)
     aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
     aligner.load_state_dict(state["model"])
-    return Checkpoint(run, aligner.eval(), hashlib.sha256(content).hexdigest(), state.get("latents"))
+    return Checkpoint(run, aligner.eval(), digest, state.get("latents"))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,24 +51,32 @@ def main(args: Sequence[str] | None = None) -> int:
         return _end(
             2, f"{' '.join(args[:1])}: got it under torchrun, which only train and extract know: start it alone"
         )
+    commands: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "extract": extract,
+        "tune": tune,
+        "train": _train({}),
+        "evaluate": evaluate,
+        "search": search,
+        "report": report,
+    }
     try:
+        _refuse_repeated_flags(args)
         config = _config_file(args) if args[:1] == ["train"] else None
+        if config:
+            commands["train"] = _train(read_settings(config))
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "demo": demo,
-                "extract": extract,
-                "tune": tune,
-                "train": _train(read_settings(config) if config else {}),
-                "evaluate": evaluate,
-                "search": search,
-                "report": report,
-            },
+            commands,
             prog="modest-align",
             description="Align two frozen encoders with few, noisy pairs.",
             args=args,
         )
-    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
-        return _end(2, str(error))
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
+        # The system's own errors have a number, and the path apart.
+        system = isinstance(error, OSError) and error.errno
+        sentence = f"{error.filename}: {error.strerror}" if system else str(error)
+        flags = _flags(commands[args[0]]) if args[:1] and args[0] in commands else []
+        return _end(2, _name_flags(sentence, flags))
     except KeyboardInterrupt as stop:
         return _end(130, str(stop) or "interrupted")
     return 0
@@ -257,6 +269,28 @@ def report(
     from modest_align_train.report import write_report
 
     print(f"report: {write_report(runs, output, title=title, latents=latents)}")
+
+
+def _refuse_repeated_flags(args: Sequence[str]) -> None:
+    """The last one would count, and the others be forgotten without a word."""
+    names = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    for name, count in Counter(name.replace("--no-", "--") for name in names).items():
+        if count > 1:
+            raise ValueError(f"{name} must be given once, with all its values, got it {count} times")
+
+
+def _flags(command: Callable[..., None]) -> list[str]:
+    """Names of the arguments that are flags on the command line."""
+    names = [one.name for one in signature(command).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    return names + [field.name for field in fields(Settings)] if "settings" in signature(command).parameters else names
+
+
+def _name_flags(sentence: str, names: Sequence[str]) -> str:
+    """Call arguments by their flags, where a sentence speaks of them: at its start, and after some words."""
+    if not names:
+        return sentence
+    spoken_of = rf"(^|\b(?:by|from|lower|or) )({'|'.join(names)})\b(?![-/.])"
+    return re.sub(spoken_of, lambda match: f"{match[1]}--{match[2].replace('_', '-')}", sentence)
 
 
 def _config_file(args: Sequence[str]) -> str | None:

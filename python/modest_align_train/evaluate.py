@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modest_align_train.adapters import Aligner, Checkpoint, load_checkpoint
 from modest_align_train.answers import Answers
 from modest_align_train.devices import choose_device
-from modest_align_train.files import write_file, write_json
+from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.latents import Latents, pairs_digest
 from modest_align_train.workers import ALONE, Workers
 
@@ -124,7 +124,7 @@ def load_evaluation(run: Path | str, *, latents: Path | str | None = None, split
         fingerprint = checkpoint.trained_on
     path = run / _file_names(split, fingerprint, checkpoint)[0]
     if path.is_file():
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = read_json(path)
         wanted = {"split": split, "checkpoint": checkpoint.digest, "latents": fingerprint}
         if wanted.items() <= stored.items() and (run / stored["ranks"]).is_file():
             return stored
@@ -245,7 +245,10 @@ def load_ranks(run: Path | str, name: str = "ranks.safetensors") -> dict[str, Te
     path = Path(run) / name
     if not path.is_file():
         raise FileNotFoundError(f"{run} has no {name}: evaluate it first")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError:
+        raise ValueError(f"{path} is damaged: evaluate the run again") from None
 
 
 def format_evaluation(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,8 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +29,7 @@ from modest_align_train.encoders import (
     load_text_encoder,
     local_files,
 )
-from modest_align_train.files import write_json
+from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.latents import (
     FORMAT_VERSION,
     MANIFEST,
@@ -47,6 +49,7 @@ from modest_align_train.sources import Source, find_files, fingerprint, read_sou
 from modest_align_train.workers import ALONE, Workers
 
 _PRINTED_A_REASON = 3
+_SECONDS_UNSAVED = 30
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,7 +74,7 @@ def extract(
 ) -> Latents:
     """Encode images and their captions with frozen encoders and store the latents.
 
-    An interrupted extraction goes on after its last whole shard when it is called again; a finished one of
+    An interrupted extraction goes on from its last half minute when it is called again; a finished one of
     the same source and encoders is loaded at once. What cannot be read is reported and left out.
 
     Args:
@@ -88,7 +91,7 @@ def extract(
         group_column: Column, or field of a tar's .json, whose equal values say that images show the same thing:
             they stay in one split, and the captions of one are right answers for the others. Not used unless named.
         batch_size: Images a batch; what is fast on the device if not given.
-        shard_size: Images a shard: what an interruption can lose.
+        shard_size: Images a shard.
         device: auto, cpu, cuda, ...
         progress: Show a progress bar and say what was left out.
         workers: Those that share the shards out; each calls this, on one file system.
@@ -127,7 +130,7 @@ def extract(
     progress = progress and workers.writes
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
 
-    def prepare() -> tuple[Source, ImageEncoder, TextEncoder, list[dict[str, Any]]] | None:
+    def prepare() -> tuple[Source, ImageEncoder, TextEncoder, list[dict[str, Any]], bool] | None:
         if _stored(output / MANIFEST, origin) is not None:
             say(f"{output} holds the latents of this source and these encoders already")
             return None
@@ -146,22 +149,29 @@ def extract(
         encode_images = load_image_encoder(image_encoder, workers.device or device)
         encode_texts = load_text_encoder(text_encoder, workers.device or device)
         output.mkdir(parents=True, exist_ok=True)
-        return contents, encode_images, encode_texts, _whole_shards(output, partial["shards"] if partial else [])
+        shards = _whole_shards(output, partial["shards"] if partial else [])
+        return contents, encode_images, encode_texts, shards, partial is not None
 
     prepared = workers.together(prepare)
     if prepared is None:
         return load_latents(output)
-    contents, encode_images, encode_texts, shards = prepared
+    contents, encode_images, encode_texts, shards, going_on = prepared
     if workers.writes:
-        for leftover in output.glob(".*.tmp"):
-            leftover.unlink()
+        # Of the shards that come next, what is done is kept.
+        now = {_unfinished_name(len(shards) + k) for k in range(workers.size)} if going_on else set()
+        for leftover in (*output.glob(".*.tmp"), *output.glob("shard-*.partial")):
+            if leftover.name not in now:
+                leftover.unlink()
+        # From here on what is left of a shard has an origin.
+        write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
     workers.everyone(None)  # nobody's temporary file before that
-    first, done = len(shards), sum(shard["records"] for shard in shards)
-    if shards:
+    there, done = len(shards), sum(shard["records"] for shard in shards)
+    if going_on:
         say(f"going on after an interruption: {done:,} images are there, in {len(shards)} whole shards")
 
     report = _SkipReport(say)
     report.add(contents.skipped)
+    report.add([Skipped(**one) for shard in shards for one in shard["skipped"] + shard["faulty"]])
     todo = contents.records[done:]
     started = perf_counter()
     total = sum(1 + len(record.captions) for record in todo)
@@ -171,15 +181,17 @@ def extract(
             entry = None
             if workers.rank < len(shared_out):
                 records = shared_out[workers.rank]
+                number = len(shards) + workers.rank
+                unfinished = _Unfinished(output / _unfinished_name(number), encode_images.dim, encode_texts.dim)
                 bar.set_description("images")
-                image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update)
+                image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update, unfinished)
                 bar.set_description("captions")
                 captions = [caption for record in kept for caption in record.captions]
-                text = _encode_captions(captions, encode_texts, bar.update)
+                text = _encode_captions(captions, encode_texts, bar.update, unfinished)
                 faulty = _faulty_captions(kept, encode_texts)
                 counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
                 caption_image = torch.arange(len(kept)).repeat_interleave(counts)
-                written = write_shard(output, len(shards) + workers.rank, image, text, caption_image, kept)
+                written = write_shard(output, number, image, text, caption_image, kept)
                 kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
                 entry = {**written, "records": len(records), **kept_apart}
             for records, written in zip(shared_out, workers.everyone(entry), strict=False):
@@ -188,8 +200,11 @@ def extract(
                 total -= sum(len(record.captions) for record in records) - written["captions"]
             if workers.writes:
                 write_json(output / PARTIAL_MANIFEST, {**origin, "shards": shards})
+                for leftover in output.glob("shard-*.partial"):
+                    leftover.unlink()
+            workers.everyone(None)  # none of the next round before that
             bar.total = total
-            bar.update(sum(shard["records"] + shard["captions"] for shard in shards[first:]) - bar.n)
+            bar.update(sum(shard["records"] + shard["captions"] for shard in shards[there:]) - bar.n)
     report.close()
 
     unread_fields = [one for shard in shards for one in shard["skipped"]]
@@ -235,16 +250,20 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
-            difference = f"{key} {manifest.get(key)!r}, now {wanted!r}"
+            difference = f"{key} {_plain(manifest.get(key))}, now {_plain(wanted)}"
             if key == "format_version":
                 difference = "another version of this program"
             elif key.endswith("_fingerprint"):
                 difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
             raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
     return manifest
+
+
+def _plain(value: Any) -> str:
+    return "not given" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -257,48 +276,87 @@ def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, 
     return shards
 
 
+def _unfinished_name(shard: int) -> str:
+    return f"shard-{shard:05d}.partial"
+
+
+class _Unfinished:
+    """What is done of the shard under way, in a file now and then: what an interruption need not cost.
+
+    Attributes:
+        path: The file.
+        image: Latents of the images that can be read, batches [n, Di].
+        text: Latents of the different captions, the shortest first, batches [n, Dt].
+        unread: What `Skipped` says of each image that was tried, None for one that can be read.
+    """
+
+    def __init__(self, path: Path, image_dim: int, text_dim: int) -> None:
+        self.path = path
+        self.image, self.text = [torch.empty(0, image_dim)], [torch.empty(0, text_dim)]
+        self.unread: list[dict[str, str] | None] = []
+        self.saved_at = perf_counter()
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                self.image.append(file.get_tensor("image"))
+                self.text.append(file.get_tensor("text"))
+                self.unread = json.loads(file.metadata()["unread"])
+
+    def save(self) -> None:
+        """Write the file, unless that was a moment ago."""
+        if perf_counter() - self.saved_at >= _SECONDS_UNSAVED:
+            tensors = {"image": torch.cat(self.image), "text": torch.cat(self.text)}
+            write_file(self.path, save_safetensors(tensors, {"unread": json.dumps(self.unread)}))
+            self.saved_at = perf_counter()
+
+
 def _encode_images(
     records: Sequence[Record],
     encoder: ImageEncoder,
     batch_size: int | None,
     progress: Callable[[int], object],
+    unfinished: _Unfinished,
 ) -> tuple[Tensor, list[Record], list[Skipped]]:
     """Encode the images that can be read: latents [kept, Di], their records, and why not the others."""
 
-    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[Record], list[Skipped]]:
+    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[dict[str, str] | None]]:
         decoded = [_decode(record, encoder) for record in batch]
         pixels = [one for one in decoded if isinstance(one, Tensor)]
         return (
             encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
-            [record for record, one in zip(batch, decoded, strict=True) if isinstance(one, Tensor)],
-            [one for one in decoded if isinstance(one, Skipped)],
+            [asdict(one) if isinstance(one, Skipped) else None for one in decoded],
         )
 
-    latents: list[Tensor] = []
-    kept: list[Record] = []
-    skipped: list[Skipped] = []
+    progress(len(unfinished.unread))
     with _threads(encoder.device) as threads:
-        batches = in_batches(records, batch_size or encoder.batch_size)
-        for batch_latents, batch_kept, batch_skipped in _map_in_order(encode, batches, threads):
-            latents.append(batch_latents)
-            kept += batch_kept
-            skipped += batch_skipped
-            progress(len(batch_kept) + len(batch_skipped))
-    return torch.cat(latents), kept, skipped
+        batches = in_batches(records[len(unfinished.unread) :], batch_size or encoder.batch_size)
+        for latents, unread in _map_in_order(encode, batches, threads):
+            unfinished.image.append(latents)
+            unfinished.unread += unread
+            unfinished.save()
+            progress(len(unread))
+    return (
+        torch.cat(unfinished.image),
+        [record for record, unread in zip(records, unfinished.unread, strict=True) if unread is None],
+        [Skipped(**unread) for unread in unfinished.unread if unread],
+    )
 
 
-def _encode_captions(captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object]) -> Tensor:
+def _encode_captions(
+    captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object], unfinished: _Unfinished
+) -> Tensor:
     """Encode captions: n strings -> [n, Dt]; equal ones once, those of like length together."""
     counts = Counter(captions)
     by_length = sorted(counts, key=len)
-    latents = [torch.empty(0, encoder.dim)]
+    done = sum(map(len, unfinished.text))
+    progress(sum(counts[caption] for caption in by_length[:done]))
     with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
-        batches = list(in_batches(by_length, encoder.batch_size))
-        for batch, batch_latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
-            latents.append(batch_latents)
+        batches = list(in_batches(by_length[done:], encoder.batch_size))
+        for batch, latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
+            unfinished.text.append(latents)
+            unfinished.save()
             progress(sum(counts[caption] for caption in batch))
     row = {caption: number for number, caption in enumerate(by_length)}
-    return torch.cat(latents)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
+    return torch.cat(unfinished.text)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
 
 
 def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Skipped]:

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from modest_align_train.answers import caption_key
-from modest_align_train.files import write_file, write_json
+from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.pictures import decode_picture
 from modest_align_train.tables import read_embedded
 
@@ -271,7 +271,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
         raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = read_json(path)
     if manifest.get("format_version") not in _READABLE_VERSIONS:
         raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
     return manifest

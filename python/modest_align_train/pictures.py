@@ -64,10 +64,11 @@ def decode_picture(data: bytes) -> Image.Image:
 
 
 def _decode(data: bytes) -> Image.Image:
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+    brands = data[8 : int.from_bytes(data[:4], "big")] if data[4:8] == b"ftyp" else b""
+    if brands[:4] in _HEIC_BRANDS and b"avif" not in brands:
         image = _open_heic(data)
     else:
-        if b"<svg" in data[:4096] and data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        if b"<svg" in data[:65536] and data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
             data = _draw_svg(data)
         try:
             image = Image.open(io.BytesIO(data))
@@ -136,7 +137,9 @@ def _draw_svg(data: bytes) -> bytes:
     except ImportError:
         raise UnreadableError("an SVG picture", _EXTRA) from None
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8-sig"), width=_SVG_SIDE))
+        # Both sides bound the picture, whose proportions stay; sizes in millimetres or inches need dots per inch.
+        text = data.decode("utf-8-sig")
+        return bytes(resvg_py.svg_to_bytes(svg_string=text, width=_SVG_SIDE, height=_SVG_SIDE, dpi=96))
     except Exception as error:
         raise UnreadableError("damaged image", error) from None
 

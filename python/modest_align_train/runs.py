@@ -63,4 +63,7 @@ def _read_log(path: Path) -> Iterator[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             # A run that is still being trained may have written half of its last line.
             if line.endswith("}"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise ValueError(f"{path} is damaged: a line is no JSON") from None

@@ -154,7 +154,11 @@ def run_settings(run: Path | str) -> Settings:
         FileNotFoundError: It has none.
         ValueError: They cannot be read; see `read_settings`.
     """
-    return Settings(**read_settings(Path(run) / "settings.toml"))
+    path = Path(run) / "settings.toml"
+    try:
+        return Settings(**read_settings(path))
+    except TypeError:
+        raise ValueError(f"{path} is damaged: it lacks settings") from None
 
 
 _SCHEMA = TypeAdapter(Settings)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 from modest_align_train.identity import image_file, settle
@@ -295,7 +296,8 @@ def _split_name(name: str, origin: str) -> str:
     try:
         return _SPLIT_NAMES[name.strip().lower()]
     except KeyError:
-        raise ValueError(f"split must be train, validation or test, got {name!r} ({origin})") from None
+        given = shorten(name, 30, placeholder="...")
+        raise ValueError(f"split must be train, validation or test, got {given!r} ({origin})") from None
 
 
 def _read_table(
@@ -333,6 +335,11 @@ def _read_table(
             skipped.append(Skipped(origin, "no caption", str(error)))
             continue
         name = name.strip()
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+            skipped.append(Skipped(origin, "a URL: download the images first, img2dataset does", ""))
+            continue
+        if "\\" in name and not (root / name).exists():
+            name = name.replace("\\", "/")  # as Windows writes paths
         yield _Pair(
             key=_key(path, name),
             captions=texts,
@@ -354,7 +361,7 @@ def _find_column(path: Path, columns: list[str], known: tuple[str, ...], wanted:
     """Column called ``name`` or, if None, by the first of the ``known`` names; "" if nobody needs it."""
     if name is not None:
         if name not in columns:
-            raise ValueError(f"{wanted}_column must be one of {path}'s columns ({', '.join(columns)}), got {name!r}")
+            raise ValueError(f"{wanted}_column must be one of {path}'s columns ({_names(columns)}), got {name!r}")
         return name
     by_lower_case = {column.lower(): column for column in reversed(columns)}
     for candidate in known:
@@ -363,13 +370,20 @@ def _find_column(path: Path, columns: list[str], known: tuple[str, ...], wanted:
     if wanted is not None:
         raise ValueError(
             f"{path} has no {wanted} column that is known by its name; name it by {wanted}_column, "
-            f"one of: {', '.join(columns)}"
+            f"one of: {_names(columns)}"
         )
     return ""
 
 
+def _names(columns: list[str]) -> str:
+    """Columns for a sentence; what is no table has a whole line, or file, for a column's name."""
+    shown = [shorten(column, 30, placeholder="...") or '""' for column in columns[:20]]
+    return ", ".join(shown + ["..."] * (len(columns) > 20))
+
+
 def _optional(row: dict[str, Any], column: str) -> str | None:
-    value = row.get(column)
+    # pandas names the column of its row numbers "", which here stands for no column.
+    value = row.get(column) if column else None
     return None if is_missing(value) else str(value)
 
 
@@ -415,7 +429,7 @@ def _read_karpathy(path: Path, content: dict[str, Any], root: Path, skipped: lis
     if not isinstance(content.get("images"), list):
         raise ValueError(
             f'{path} must hold {{"images": [...]}} as the Karpathy splits do, with "annotations" as COCO does, or '
-            f"rows, got keys {', '.join(map(str, content))}"
+            f"rows, got keys {_names(list(content))}"
         )
     for number, image in enumerate(content["images"]):
         origin = f"{path} image {number}"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from modest_align_train.pictures import IMAGE_SUFFIXES
@@ -48,7 +49,8 @@ def read_text(path: Path) -> str:
         ValueError: It is of another encoding; the sentence says of which.
     """
     data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
+    # Without a byte order mark it shows by the zeros in the letters of the header.
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise ValueError(f"{path} must be UTF-8, got UTF-16: iconv -f UTF-16 -t UTF-8 helps")
     try:
         return data.decode("utf-8-sig")
@@ -114,6 +116,7 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
         raise ValueError(f"{path} is empty: a table starts with the names of its columns")
     separator = excel[1] if excel else _find_separator(path, lines[start])
     rows: list[Row] = []
+    joined: list[Skipped] = []
     header: list[str] = []
     skipped_before = len(skipped)
     while start < len(lines):
@@ -144,7 +147,7 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
         if not header:
             header = cells
             if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
+                twice = shorten(next(name for name in header if header.count(name) > 1), 30, placeholder="...")
                 raise ValueError(f"{path} must name each column once, got {twice!r} twice")
         elif any(cells):
             if len(cells) != len(header):
@@ -152,10 +155,13 @@ def _read_separated(path: Path, skipped: list[Skipped]) -> list[Row]:
                 skipped.append(Skipped(origin, "surplus or missing cells", wanted))
             else:
                 rows.append((origin, dict(zip(header, cells, strict=True))))
+                if any(line.count(separator) + 1 == len(header) > 1 for line in lines[start - length + 1 : start]):
+                    joined.append(Skipped(origin, "a cell of several lines, one of which could be a row, kept"))
     damaged = skipped[skipped_before:]
     if len(damaged) > len(rows):
         total = len(damaged) + len(rows)
         raise ValueError(f"{path} must be a table, got {len(damaged):,} damaged rows of {total:,}: {damaged[0]}")
+    skipped += joined
     return rows
 
 

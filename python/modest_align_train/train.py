@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,10 +22,10 @@ from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modest_align_train.adapters import Aligner, load_aligner
+from modest_align_train.adapters import Aligner, load_aligner, read_state
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import embed, recalls, retrieval_ranks, validation_score
-from modest_align_train.files import atomic_path, write_file
+from modest_align_train.files import write_file
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.settings import Settings, run_settings
 from modest_align_train.workers import ALONE, Workers
@@ -419,7 +420,7 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings
                 f"{name} is {now!s} but {before!s} in the run stored in {run}: "
                 f"take the stored value to go on with it, or another output"
             )
-    checkpoint: dict[str, Any] = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    checkpoint, _ = read_state(run / "last.pt", device)
     trained_on = checkpoint.get("latents")
     if trained_on != latents_fingerprint(settings.latents):
         why = "they were extracted again" if trained_on else "or an earlier version trained it, which did not note them"
@@ -431,8 +432,10 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    # Written by Python, whose errors, unlike torch's own writer's, say that a disk is full.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def _open_log(path: Path, size: int) -> TextIO:
