@@ -200,6 +200,8 @@ def _prepare_loss(
     _check_choice("reduction", reduction)
     _check_choice("strategy", strategy)
     _check_choice("gradient_reduction", gradient_reduction)
+    if image_features.shape[1] == 0:
+        noise_std = 0.0  # _prepare makes a feature, which has none
     x, y, scale, options = _prepare(image_features, text_features, logit_scale, backend)
     mass = None if _is_zero(smoothing) else _as_tensor(smoothing, scale.dtype, scale.device)
     if weights is not None:
@@ -221,7 +223,7 @@ def _loss_of_nothing(
 
 def _draw_seed(noise_std: Tensor | float, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """The noise's seed and standard deviation, if there is any."""
-    if _is_zero(noise_std) or x.shape[1] == 0:
+    if _is_zero(noise_std):
         return None, None
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
     return seed, _as_tensor(noise_std, scale.dtype, scale.device)

@@ -133,7 +133,7 @@ def test_a_repeated_flag_is_refused(words, capsys):
         (("extract", "{}/t.csv", "{}/x", "--image-column", "b"), "--image-column must be one of {}/t.csv's columns"),
         (("extract", "{}/t.csv", "{}/x"), "name it by --caption-column, one of: image, words, image_column"),
         (("train", "--latents", "{}", "--output", "{}/x", "--warmup-steps", "-1"), "--warmup-steps must be greater"),
-        (("train", "--latents", "{}", "--output", "{}/x", "--steps", "0"), "--steps must be greater"),
+        (("train", "--latents", "{}", "--output", "{}/x", "--steps", "-1"), "--steps must be greater"),
         (("search", "{}", "text", "--top", "0"), "--top must be at least 1, got 0"),
         (("demo", "{}/x", "--seeds", "0"), "--seeds must be at least 1, got 0"),
     ],
