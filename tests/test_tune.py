@@ -19,7 +19,7 @@ import modest_align_train.tune as module
 from modest_align_train.cli import main
 from modest_align_train.latents import load_latents
 from modest_align_train.settings import read_settings
-from modest_align_train.tune import INFONCE, Setting, choose, standard_error, sweep_figure, tune
+from modest_align_train.tune import INFONCE, Setting, choose, sweep_figure, tune
 
 NOISE, SMOOTHED, BOTH = Setting(0.02, 0.0), Setting(0.0, 0.1), Setting(0.02, 0.1)
 QUERIES = 400
@@ -34,16 +34,12 @@ def ranks_of(share: float, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"image_rank": rank, "text_rank": rank, "image_group": group, "caption_group": group}
 
 
-def runs_of(share: float, seeds: int = 3) -> list[dict[str, torch.Tensor]]:
-    return [ranks_of(share, seed) for seed in range(seeds)]
-
-
 @pytest.fixture
 def inline(monkeypatch):
     """No processes: the runs are tiny."""
     done = []
 
-    class Workers(nullcontext):
+    class Pool(nullcontext):
         def map(self, work, runs, what, progress=True):
             done.extend(runs)
             return [work(settings) for settings in runs]
@@ -51,7 +47,7 @@ def inline(monkeypatch):
         def __enter__(self):
             return self
 
-    monkeypatch.setattr(module, "Workers", lambda device, runs: Workers())
+    monkeypatch.setattr(module, "ProcessPool", lambda device, runs: Pool())
     return done
 
 
@@ -64,30 +60,15 @@ def settings(tmp_path):
     ("shares", "chosen"),
     [
         ({INFONCE: 0.4, NOISE: 0.3, SMOOTHED: 0.35, BOTH: 0.3}, INFONCE),
-        ({INFONCE: 0.4, NOISE: 0.4025, SMOOTHED: 0.4, BOTH: 0.4025}, INFONCE),
         ({INFONCE: 0.4, NOISE: 0.5, SMOOTHED: 0.35, BOTH: 0.3}, NOISE),
-        ({INFONCE: 0.4, NOISE: 0.5, SMOOTHED: 0.35, BOTH: 0.5025}, NOISE),
         ({INFONCE: 0.4, NOISE: 0.5, SMOOTHED: 0.35, BOTH: 0.6}, BOTH),
-        ({INFONCE: 0.4, NOISE: 0.5, Setting(0.05, 0.0): 0.52, BOTH: 0.3}, Setting(0.05, 0.0)),
+        ({INFONCE: 0.4, NOISE: 0.5, Setting(0.05, 0.0): 0.53, BOTH: 0.3}, Setting(0.05, 0.0)),
     ],
 )
-def test_the_simplest_within_a_standard_error_is_chosen(shares, chosen):
+def test_the_best_mean_over_the_seeds_is_chosen(shares, chosen):
     # Other seeds for each setting: which queries are easy differs a little.
     ranks = {s: [ranks_of(share, 10 * i + seed) for seed in range(3)] for i, (s, share) in enumerate(shares.items())}
     assert choose(ranks) == chosen
-
-
-def test_the_standard_error_is_of_groups_and_seeds():
-    a, b = runs_of(0.5), runs_of(0.4)
-    difference = [
-        ((x["image_rank"] <= 1).double() - (y["image_rank"] <= 1).double()) for x, y in zip(a, b, strict=True)
-    ]
-    of_groups = 100 * float(torch.stack(difference).mean(0).std()) / QUERIES**0.5
-    assert standard_error(a[:1], b[:1]) == pytest.approx(100 * float(difference[0].std()) / QUERIES**0.5, rel=0.1)
-    assert standard_error([a[0]] * 3, [b[0]] * 3) == pytest.approx(standard_error(a[:1], b[:1]))
-    of_seeds = 100 * float(torch.stack(difference).mean(1).std()) / 3**0.5
-    assert of_seeds > 0
-    assert standard_error(a, b) == pytest.approx((of_groups**2 + of_seeds**2) ** 0.5, rel=0.1)
 
 
 def test_from_the_command_line_to_a_trained_run(tmp_path, settings, capsys):

@@ -23,7 +23,7 @@ from modest_align_train.report import Section, write_report
 from modest_align_train.runs import TrainedRun, load_run
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
-from modest_align_train.tune import Workers
+from modest_align_train.tune import ProcessPool
 
 DATA = Path(__file__).parent / "demo_data"
 SMOOTHING = 0.1
@@ -147,8 +147,8 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
 
 def _train_all(runs: Sequence[Settings], what: str) -> list[TrainedRun]:
     """Train and evaluate runs, or find them trained."""
-    with Workers("auto", len(runs)) as workers:
-        return workers.map(_train_and_evaluate, runs, what)
+    with ProcessPool("auto", len(runs)) as pool:
+        return pool.map(_train_and_evaluate, runs, what)
 
 
 def _train_and_evaluate(settings: Settings) -> TrainedRun:
