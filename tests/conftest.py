@@ -45,3 +45,13 @@ def one_rank() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to -m slow what Triton's interpreter, which is slow, would execute a second time."""
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        # Features of bfloat16 are operands of float16 there.
+        if given.get("backend") == "triton" and given.get("dtype") == torch.bfloat16:
+            item.add_marker(pytest.mark.slow)
