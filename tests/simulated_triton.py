@@ -84,7 +84,7 @@ SHAPES = [(1, 1), (16, 17), (64, 64), (140, 256), (256, 128), (257, 129), (300, 
 
 @pytest.mark.parametrize(
     ("shape", "groups", "dtype"),
-    slow_but({((257, 129), 40, torch.float16)}, SHAPES, (0, 40), DTYPES),
+    slow_but({((140, 256), 40, torch.float16)}, SHAPES, (0, 40), DTYPES),
 )
 def test_around_tiles(driver, shape: tuple[int, int], groups: int, dtype: torch.dtype) -> None:
     columns = shape[1]
@@ -138,7 +138,7 @@ def test_rows_of_any_width(driver, dtype: torch.dtype, features: int) -> None:
     ("shape", "groups", "dtype"),
     [
         *slow_but(
-            {((70, 200, 320), "large groups", torch.float16), ((40, 65, 64), "groups", torch.float32)},
+            {((40, 65, 64), "groups", torch.float32)},
             ((1, 1, 64), (40, 65, 64), (64, 128, 256), (70, 200, 320)),
             GROUP_PATTERNS,
             DTYPES,
