@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "experiment.h"
@@ -204,26 +205,24 @@ Fields<Arguments> operator+(Fields<Arguments> fields, const Fields<Arguments>& m
   return fields;
 }
 
-void at_least_one(const char* name, std::int64_t extent) {
-  if (extent < 1) refuse(name, "got " + std::to_string(extent) + ", want at least 1: the kernels divide by it");
+void at_least_one(std::initializer_list<std::pair<const char*, std::int64_t>> extents) {
+  for (const auto& [name, extent] : extents) {
+    if (extent < 1) refuse(name, "got " + std::to_string(extent) + ", want at least 1: the kernels divide by it");
+  }
 }
 
 // What no single tensor says.
 void check(PerturbNormalize& a, const Call&) {
-  at_least_one("rows", a.rows);
-  at_least_one("width", a.width);
+  at_least_one({{"rows", a.rows}, {"width", a.width}});
+  if (!a.pair_hat && a.pairs) refuse("pair_dot", "got shape (" + std::to_string(a.pairs) + ",), want (0,)");
 }
-void check(PerturbNormalizeBackward& a, const Call&) {
-  at_least_one("rows", a.rows);
-  at_least_one("width", a.width);
-}
+void check(PerturbNormalizeBackward& a, const Call&) { at_least_one({{"rows", a.rows}, {"width", a.width}}); }
 void check(PairLosses& a, const Call& call_) {
   if (!call_.knows(a.columns)) a.columns = a.rows;  // nothing is smoothed
+  if (call_.knows(a.width)) at_least_one({{"rows", a.rows}, {"columns", a.columns}, {"width", a.width}});
 }
 void check(Logits& a, const Call&) {
-  at_least_one("rows", a.rows);
-  at_least_one("columns", a.columns);
-  at_least_one("width", a.width);
+  at_least_one({{"rows", a.rows}, {"columns", a.columns}, {"width", a.width}});
   if (a.kept_rows == 0) return;
   // What kernels.h wants of the exponentials.
   const std::int64_t first = larger(a.rows - a.kept_rows, 0);
@@ -381,17 +380,14 @@ Fields<A> pair_losses() {
 }
 
 #ifdef MODEST_ALIGN_CUDA
-std::string extent(const char* name, std::int64_t value) { return std::string(name) + "=" + std::to_string(value); }
-std::string extents_of(const PerturbNormalize& a) {
-  return extent("rows", a.rows) + ", " + extent("features", a.features) + ", " + extent("width", a.width);
+std::string described(std::int64_t rows, const char* name, std::int64_t extent, std::int64_t width) {
+  const auto text = [](std::int64_t number) { return std::to_string(number); };
+  return "rows=" + text(rows) + ", " + name + "=" + text(extent) + ", width=" + text(width);
 }
-std::string extents_of(const PerturbNormalizeBackward& a) {
-  return extent("rows", a.rows) + ", " + extent("features", a.features) + ", " + extent("width", a.width);
-}
-std::string extents_of(const PairLosses& a) { return extent("rows", a.rows) + ", " + extent("columns", a.columns); }
-std::string extents_of(const Logits& a) {
-  return extent("rows", a.rows) + ", " + extent("columns", a.columns) + ", " + extent("width", a.width);
-}
+std::string extents_of(const PerturbNormalize& a) { return described(a.rows, "features", a.features, a.width); }
+std::string extents_of(const PerturbNormalizeBackward& a) { return described(a.rows, "features", a.features, a.width); }
+std::string extents_of(const PairLosses& a) { return described(a.rows, "columns", a.columns, a.width); }
+std::string extents_of(const Logits& a) { return described(a.rows, "columns", a.columns, a.width); }
 
 template <class A>
 Fields<A> on_gpu(const Fields<A>& fields) {

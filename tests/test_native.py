@@ -188,6 +188,10 @@ def test_kernels_refuse_what_they_would_misread() -> None:
         stats(x_hat, y_hat[:0])
     with pytest.raises(ValueError, match=r"width: got 0, want at least 1"):
         stats(x_hat[:, :0], y_hat[:, :0])
+    with pytest.raises(ValueError, match=r"width: got 0, want at least 1"):
+        ops.pair_losses(
+            *(inv_norm, inv_norm, inv_norm, scale, scale, x_hat[:, :0], y_hat[:, :0], None, None), backend="native"
+        )
     for kept in (torch.empty(9, 96), torch.empty(7, 48), torch.empty(8, 47)):
         shape = rf"\({', '.join(map(str, kept.shape))}\)"
         with pytest.raises(ValueError, match=rf"exponentials: got shape {shape}, want \(8, (48|96)\)"):
@@ -325,6 +329,8 @@ def test_a_wrong_argument_of_a_kernel_is_a_type_error() -> None:
     for message, arguments in wrong.items():
         with pytest.raises(TypeError, match=message):
             _C.cpu_perturb_normalize(**arguments)
+    with pytest.raises(ValueError, match=r"pair_dot: got shape \(3,\), want \(0,\)"):
+        _C.cpu_perturb_normalize(**given | {"pair_dot": torch.empty(3)})
     with pytest.raises(ValueError, match="inv_norm: got a tensor on meta, want one on cpu"):
         _C.cpu_perturb_normalize(**given | {"inv_norm": length.to("meta")})
     with pytest.raises(TypeError):
