@@ -24,8 +24,7 @@ from modest_align_train.latents import (
     open_image,
     pairs_digest,
 )
-
-CPU = torch.device("cpu")
+from tests.extract_program import CPU, mean_color
 
 
 class Counters:
@@ -36,10 +35,6 @@ class Counters:
         self.captions = []
         self.interrupt_after = None
         self.on_captions = lambda: False
-
-
-def mean_color(image):
-    return torch.tensor([sum(band) / len(band) for band in (image.getchannel(i).tobytes() for i in range(3))])
 
 
 def caption_features(caption):
