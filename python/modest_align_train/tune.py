@@ -27,13 +27,14 @@ from modest_align_train.evaluate import (
     RECALL_AT,
     RECALLS,
     Ranks,
+    embed,
     paired_difference,
     recalls,
     retrieval_ranks,
     validation_score,
 )
 from modest_align_train.figures import COLOURS, plot
-from modest_align_train.files import atomic_path, write_file, write_json
+from modest_align_train.files import atomic_path, read_json, write_file, write_json
 from modest_align_train.latents import MANIFEST, load_latents, split_counts
 from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings
 from modest_align_train.train import train
@@ -275,7 +276,7 @@ def _bind(settings: Settings) -> None:
     if not path.is_file():
         write_json(path, values)
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     differs = next((name for name in values if values[name] != stored.get(name)), None)
     if differs:
         raise ValueError(f"{differs} is not what the runs in {settings.output} have: take another output, or delete it")
@@ -295,7 +296,7 @@ def _train_and_rank(settings: Settings) -> None:
     run = train(settings, progress=False)
     aligner = load_aligner(run, choose_device(settings.device))
     data = load_latents(settings.latents).subset("validation")
-    ranks = retrieval_ranks(aligner.embed_images(data.image), aligner.embed_texts(data.text), data)
+    ranks = retrieval_ranks(*embed(aligner, data), data)
     write_file(_ranks_path(settings), save(ranks))
     # It holds the optimizer's state, three quarters of all, and nothing resumes from here any more.
     (run / "last.pt").unlink()
