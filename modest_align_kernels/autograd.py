@@ -240,9 +240,11 @@ def _logsumexp_gradients(ctx: Any, grad_row: Tensor | None, grad_col: Tensor | N
 
 
 def _largest(*weights: Tensor) -> tuple[Tensor, ...]:
+    return over_largest(torch.stack([weight.abs().amax() for weight in weights if len(weight)]).amax(), *weights)
+
+
+def over_largest(largest: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The largest absolute value, and the weights over it: between -1 and 1, so that float16 holds G."""
-    sizes = [weight.abs().amax() for weight in weights if len(weight)]
-    largest = torch.stack(sizes).amax()
     largest = largest.masked_fill(largest == 0, 1.0)
     return largest, *(weight / largest for weight in weights)
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from modest_align_kernels import ops
-from modest_align_kernels.autograd import OnlyFirstDerivatives, Options, number_groups, through_normalisation
+from modest_align_kernels.autograd import (
+    OnlyFirstDerivatives,
+    Options,
+    number_groups,
+    over_largest,
+    through_normalisation,
+)
 from modest_align_kernels.backends import accumulation_dtype, blocks, negated_sums
 from modest_align_kernels.backends.registry import operand_width
 from modest_align_kernels.distributed import Columns, Ranks
@@ -392,9 +398,7 @@ def _largest_of_all(ranks: Ranks, *weights: Tensor) -> tuple[Tensor, ...]:
     """The largest absolute value on any rank, and the weights over it: one unit for all, in which float16 holds G."""
     # Zeros, so that there is always one.
     sizes = [torch.cat((weight.abs(), weight.new_zeros(1))).amax() for weight in weights]
-    largest = ranks.total(torch.stack(sizes).amax(), dist.ReduceOp.MAX)
-    largest = largest.masked_fill(largest == 0, 1.0)
-    return largest, *(weight / largest for weight in weights)
+    return over_largest(ranks.total(torch.stack(sizes).amax(), dist.ReduceOp.MAX), *weights)
 
 
 class _Smoothed(NamedTuple):
