@@ -125,8 +125,8 @@ def workers_of_torchrun(device: str) -> Iterator[Workers]:
         raise ValueError(f"device: got {device}, want {chosen.type}: under torchrun each process takes its own")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    # Imported later, as torch.compile does, its defaults keep the group to the end of the process, which then aborts now
-    # and then: torchrun would call a run failed that was through.
+    # Imported later, as torch.compile does, its defaults keep the group alive to the end of the process, which then
+    # aborts now and then: torchrun would call a run failed that was through.
     import_module("torch.distributed.nn.functional")
     # Objects and what the host asks for travel by gloo, where there is NCCL too.
     dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
