@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from PIL import Image
 from train_data import write_latents
 
-from modest_align_train.latents import MANIFEST, PARTIAL_MANIFEST
+from modest_align_train.latents import PARTIAL_MANIFEST
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
 from tests import extract_program
@@ -37,6 +35,14 @@ def run(count: int, *words: object, **options: str) -> str:
     process = start(count, *words, **options)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
+    return output
+
+
+def fails(count: int, fault: str, *words: object) -> str:
+    """What is printed by a run with that fault of `faulty_program.py`, which ends soon."""
+    process = start(count, fault, *words, module="tests.faulty_program")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
     return output
 
 
@@ -84,62 +90,86 @@ def alone(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_worker_ends_the_others_and_another_number_goes_on(latents: Path, alone: Path, tmp_path) -> None:
     output = tmp_path / "run"
-    process = start(2, *words(latents, output))
-    while not (output / "last.pt").is_file():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    killed = process.communicate(timeout=60)[0]
-    if process.returncode != 0:  # else it was through before
-        assert "SIGKILL" in killed
+    printed = fails(2, "killed in step 15", *words(latents, output))
+    assert "SIGKILL" in printed
+    assert torch.load(output / "last.pt", weights_only=True)["step"] == 10
     printed = run(3, *words(latents, output))
-    assert printed.count("trained: ") == (1 if torch.load(output / "last.pt")["step"] == 30 else 0)
+    assert printed.count("trained: ") == 1
     assert_same_run(alone, output)
     state, one = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (output, alone))
     for name, value in one.items():
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_bad_setting_is_said_once(latents: Path, tmp_path) -> None:
-    process = start(2, *words(tmp_path / "nothing", tmp_path / "run"))
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert printed.count("modest-align: ") == 1
-    assert "Traceback" not in printed.split("modest-align: ")[1].split("\n")[0]
+@pytest.mark.parametrize(
+    ("fault", "changes", "sentence"),
+    [
+        ("first is late", ["--bad-flag=3"], "Unrecognized options: --bad-flag"),
+        ("no device", [], "modest-align: process 1 cannot have it"),
+    ],
+)
+def test_an_error_is_said_once(latents: Path, tmp_path, fault: str, changes: list[str], sentence: str) -> None:
+    printed = fails(2, fault, *words(latents, tmp_path / "run"), *changes)
+    assert printed.count(sentence) == 1
+    # Of torchrun itself there is one.
+    assert printed.count("Traceback") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"latents": "nothing"}, "nothing holds no latents"),
+        ({"steps": -3}, "steps must be greater than or equal to 0, got -3"),
+        ({"config": "nothing.toml"}, "settings file nothing.toml does not exist"),
+        ({"learning_rate": 1e30}, "is not finite"),
+    ],
+)
+def test_an_error_of_all_is_said_once(latents: Path, tmp_path, changes: dict, sentence: str) -> None:
+    printed = fails(2, "first is late", *words(**{"latents": latents, "output": tmp_path / "run", **changes}))
+    assert printed.count(sentence) == printed.count("modest-align: ") == 1
+    assert printed.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fewer_rows_than_workers_and_uneven_shares(latents: Path, tmp_path, count: int) -> None:
     options = {"batch_size": 3, "steps": 12}
     output = tmp_path / "run"
-    run(count, *words(latents, output, **options))
+    printed = run(count, "none", *words(latents, output, **options), module="tests.faulty_program")
+    if sys.platform == "linux":
+        assert printed.count("ends with 0 threads of a group") == count
     train(Settings(latents=latents, output=tmp_path / "one", **{**OPTIONS, **options}), progress=False)
     assert_same_run(tmp_path / "one", output)
 
 
-def test_shards_are_shared_out_and_an_interrupted_extraction_goes_on(tmp_path) -> None:
-    table, alone, shared = tmp_path / "pairs.jsonl", tmp_path / "alone", tmp_path / "shared"
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 images, one of which cannot be read."""
+    folder = tmp_path_factory.mktemp("pairs")
     rows = []
     for number in range(17):
-        Image.new("RGB", (4, 3), (number, 2 * number, 255 - number)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (4, 3), (number, 2 * number, 255 - number)).save(folder / f"{number}.png")
         rows.append({"image": f"{number}.png", "captions": [f"image {number}", "more " * number][: 1 + number % 2]})
-    (tmp_path / "7.png").write_bytes(b"no image")
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "7.png").write_bytes(b"no image")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def test_shards_are_shared_out_and_an_interrupted_extraction_goes_on(table: Path, tmp_path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
     extract_program.run(table, alone)
     expected = {path.name: path.read_bytes() for path in alone.iterdir()}
     assert len([name for name in expected if name.endswith(".safetensors")]) == 6
 
-    # As it is after two of three rounds of two workers: the fifth and the sixth shard are missing.
-    run(2, table, shared, module="tests.extract_program")
-    assert {path.name: path.read_bytes() for path in shared.iterdir()} == expected
-    manifest = json.loads((shared / MANIFEST).read_text())
-    shards = [{**shard, "records": 3, "skipped": [], "faulty": []} for shard in manifest["shards"][:4]]
-    shards[2]["skipped"] = manifest["skipped"]  # the seventh image
-    partial = {**manifest, "shards": shards}
-    (shared / PARTIAL_MANIFEST).write_text(json.dumps(partial))
-    for name in (MANIFEST, *(f"shard-0000{k}.{kind}" for k in (4, 5) for kind in ("safetensors", "jsonl"))):
-        (shared / name).unlink()
+    fails(2, "killed in shard 4", "extract", table, shared)
+    assert len(json.loads((shared / PARTIAL_MANIFEST).read_text())["shards"]) == 2  # of one round
     run(3, table, shared, module="tests.extract_program")
     assert {path.name: path.read_bytes() for path in shared.iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_an_error_in_one_shard_is_said_once(table: Path, tmp_path) -> None:
+    printed = fails(2, "no shard", "extract", table, tmp_path / "latents")
+    assert printed.count("modest-align: process 1 cannot have it") == 1
+    assert printed.count("Traceback") == 1
+    run(3, table, tmp_path / "latents", module="tests.extract_program")

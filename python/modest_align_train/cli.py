@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -18,6 +19,9 @@ import tyro
 from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings, read_settings
 
 # Modules that need torch are imported by the subcommands, so that --help is quick.
+
+# Seconds that other processes wait, before they speak, for the first one to have spoken and torchrun to end them.
+_FIRST_SPEAKS = 10
 
 _Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _Runs = Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...", help_behavior_hint="(required)")]
@@ -43,13 +47,11 @@ def main(args: Sequence[str] | None = None) -> int:
     # keep each other from the cores, and a training step takes twice as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = list(sys.argv[1:] if args is None else args)
-    if (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and args[:1] not in (["train"], ["extract"])
-        and "TORCHELASTIC_RUN_ID" in os.environ
-    ):
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    process = int(os.environ["RANK"]) if under_torchrun else 0
+    if under_torchrun and int(os.environ["WORLD_SIZE"]) > 1 and args[:1] not in (["train"], ["extract"]):
         return _end(
-            2, f"{' '.join(args[:1])}: got it under torchrun, which only train and extract know: start it alone"
+            process, f"{' '.join(args[:1])}: got it under torchrun, which only train and extract know: start it alone"
         )
     commands: dict[str, Callable[..., None]] = {
         "demo": demo,
@@ -70,23 +72,31 @@ def main(args: Sequence[str] | None = None) -> int:
             prog="modest-align",
             description="Align two frozen encoders with few, noisy pairs.",
             args=args,
+            console_outputs=process == 0,
         )
+    except SystemExit as stop:
+        if stop.code and process:
+            return _end(process, f"process {process} cannot read its arguments")
+        raise
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         # The system's own errors have a number, and the path apart.
         system = isinstance(error, OSError) and error.errno
         sentence = f"{error.filename}: {error.strerror}" if system else str(error)
         flags = _flags(commands[args[0]]) if args[:1] and args[0] in commands else []
-        return _end(2, _name_flags(sentence, flags))
+        return _end(process, _name_flags(sentence, flags))
     except KeyboardInterrupt as stop:
-        return _end(130, str(stop) or "interrupted")
+        if process == 0:
+            print(f"modest-align: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 
-def _end(status: int, sentence: str) -> int:
-    # What torchrun started says it once: all of them end with the same sentence.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"modest-align: {sentence}", file=sys.stderr)
-    return status
+def _end(process: int, sentence: str) -> int:
+    if process:
+        # torchrun ends all processes with the first that ends: let it be process 0, which has the same sentence to say.
+        time.sleep(_FIRST_SPEAKS)
+    print(f"modest-align: {sentence}", file=sys.stderr)
+    return 2
 
 
 def demo(output: _Output = Path("demo_run"), *, seeds: int = 1, quick: bool = False) -> None:

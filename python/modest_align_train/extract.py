@@ -176,24 +176,27 @@ def extract(
     started = perf_counter()
     total = sum(1 + len(record.captions) for record in todo)
     with tqdm(total=total, unit=" items", disable=not progress, smoothing=0.05) as bar:
+
+        def encode(records: Sequence[Record] | None, index: int) -> dict[str, Any] | None:
+            if records is None:
+                return None
+            unfinished = _Unfinished(output / _unfinished_name(index), encode_images.dim, encode_texts.dim)
+            bar.set_description("images")
+            image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update, unfinished)
+            bar.set_description("captions")
+            captions = [caption for record in kept for caption in record.captions]
+            text = _encode_captions(captions, encode_texts, bar.update, unfinished)
+            faulty = _faulty_captions(kept, encode_texts)
+            counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
+            caption_image = torch.arange(len(kept)).repeat_interleave(counts)
+            written = write_shard(output, index, image, text, caption_image, kept)
+            kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
+            return {**written, "records": len(records), **kept_apart}
+
         for shared_out in in_batches(list(in_batches(todo, shard_size)), workers.size):
             # Each worker has one of these shards, if there are as many; all are noted when all are written.
-            entry = None
-            if workers.rank < len(shared_out):
-                records = shared_out[workers.rank]
-                number = len(shards) + workers.rank
-                unfinished = _Unfinished(output / _unfinished_name(number), encode_images.dim, encode_texts.dim)
-                bar.set_description("images")
-                image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update, unfinished)
-                bar.set_description("captions")
-                captions = [caption for record in kept for caption in record.captions]
-                text = _encode_captions(captions, encode_texts, bar.update, unfinished)
-                faulty = _faulty_captions(kept, encode_texts)
-                counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
-                caption_image = torch.arange(len(kept)).repeat_interleave(counts)
-                written = write_shard(output, number, image, text, caption_image, kept)
-                kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
-                entry = {**written, "records": len(records), **kept_apart}
+            own = shared_out[workers.rank] if workers.rank < len(shared_out) else None
+            entry = workers.together(encode, own, len(shards) + workers.rank)
             for records, written in zip(shared_out, workers.everyone(entry), strict=False):
                 shards.append(written)
                 report.add([Skipped(**one) for one in written["skipped"] + written["faulty"]])

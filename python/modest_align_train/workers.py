@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from modest_align_train.devices import choose_device
 
-# A worker waits so long for the others: a shard of images on a slow CPU takes minutes.
+# A worker waits so long for one that is stuck, as a shard of images on a slow CPU takes minutes; not for a dead one.
 TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -57,10 +58,10 @@ class Workers:
         dist.all_gather_object(found, own, group=self.group)
         return found
 
-    def together(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns, once every process has it; what it raises anywhere is raised everywhere."""
+    def together(self, function: Callable[..., T], *args: Any) -> T:
+        """What ``function(*args)`` returns, once every process has it; what it raises anywhere is raised everywhere."""
         try:
-            result, error = function(), None
+            result, error = function(*args), None
         except Exception as raised:
             if self.group is None:
                 raise
@@ -123,11 +124,18 @@ def workers_of_torchrun(device: str) -> Iterator[Workers]:
     if chosen.index is not None:
         raise ValueError(f"device: got {device}, want {chosen.type}: under torchrun each process takes its own")
     if chosen.type == "cuda":
-        chosen = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(chosen)
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    # Imported later, as torch.compile does, its defaults keep the group alive to the end of the process, which then
+    # aborts now and then: torchrun would call a run failed that was through.
+    import_module("torch.distributed.nn.functional")
     # Objects and what the host asks for travel by gloo, where there is NCCL too.
     dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     try:
-        yield Workers(dist.get_rank(), dist.get_world_size(), str(chosen))
+        workers = Workers(dist.get_rank(), dist.get_world_size(), str(chosen))
+        # There may be fewer GPUs than processes, which only those without one find out.
+        workers.together(choose_device, chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        yield workers
     finally:
         dist.destroy_process_group()
