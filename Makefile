@@ -37,7 +37,7 @@ gpu-check: OUT ?= gpu_check
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
 
-# README's generated blocks, from what `make demo` and `make benchmark` stored under benchmarks/results.
+# The generated blocks of README and docs, from what `make demo` and `make benchmark` stored under benchmarks/results.
 readme: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.readme
 

@@ -36,11 +36,11 @@ def chip_section(name: str, stored: Result) -> str:
     cases, folder, absent = table.short_cases(stored), "../benchmarks/results", table.absences(stored)
     parts = [
         f"## {table.device(stored)}",
-        f"D = {cases[0]['features']}, {cases[0]['dtype']}. Measured {table.circumstances(stored, cases)}.",
+        f"D = {cases[0]['features']}, {cases[0]['dtype']}. Measured on {table.circumstances(stored, cases)}.",
         table.short_table(stored),
         f"Not measured: {'; '.join(absent)}." if absent else "",
-        f"![Time and peak memory against B]({folder}/{name}.png)",
-        f"![Fraction of the floor against B and D]({folder}/{name}-floor.png)",
+        f"[![Time and peak memory against B]({folder}/{name}.png)]({folder}/{name}.png)",
+        f"[![Fraction of the floor against B and D]({folder}/{name}-floor.png)]({folder}/{name}-floor.png)",
         f"Every shape, spread and dtype: [{name}.md]({folder}/{name}.md).",
     ]
     return "\n\n".join(part for part in parts if part)
