@@ -24,7 +24,7 @@ lint: $(VENV)/test.installed
 
 # The documentation as a site, in site/: look at site/index.html. Warnings are errors.
 docs: $(VENV)/test.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmark: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks $(ARGS)
