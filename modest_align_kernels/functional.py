@@ -368,8 +368,8 @@ def contrastive_logsumexp(
     $$
 
     $$
-    \text{row\_lse}_i = \log \sum_{j: c_j \ne r_i} e^{S_{ij}}, \quad
-    \text{col\_lse}_j = \log \sum_{i: r_i \ne c_j} e^{S_{ij}}
+    \text{row lse}_i = \log \sum_{j: c_j \ne r_i} e^{S_{ij}}, \quad
+    \text{col lse}_j = \log \sum_{i: r_i \ne c_j} e^{S_{ij}}
     $$
 
     with ids r of the rows and c of the columns (without ids: over all), -inf where no pair is left. Every softmax
@@ -377,7 +377,7 @@ def contrastive_logsumexp(
     both are differentiable for any gradients u and v that come back to them:
 
     $$
-    \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row\_lse}_i} + v_j e^{S_{ij} - \text{col\_lse}_j}
+    \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row lse}_i} + v_j e^{S_{ij} - \text{col lse}_j}
     $$
 
     Gradients flow to x, y, and to ``scale`` if it is a tensor that asks for one; of -inf they are zero. A row whose

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
+log = get_plugin_logger(__name__)
 ROOT = Path(__file__).parent.parent
 # The site's root is docs/ and the repository's at once.
 OUTSIDE = (
@@ -44,8 +46,15 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _inline(tex: re.Match[str]) -> str:
-    return str(convert(html.unescape(tex[1])))
+    return _mathml(tex[1], "inline")
 
 
 def _display(tex: re.Match[str]) -> str:
-    return f'<div class="equation" tabindex="0">{convert(html.unescape(tex[1]).strip(), display="block")}</div>'
+    return f'<div class="equation" tabindex="0">{_mathml(tex[1], "block")}</div>'
+
+
+def _mathml(tex: str, display: str) -> str:
+    mathml = str(convert(html.unescape(tex).strip(), display=display))
+    if "\\" in mathml:  # a command that the converter does not know goes through
+        log.warning("not converted to MathML: %s", tex)
+    return mathml
