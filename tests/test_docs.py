@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import modest_align_kernels
+from benchmarks import __main__ as benchmarks
+from benchmarks import gpu_check, ranks
 from benchmarks.recipes import DOCS, code
 from modest_align_train import cli
 
@@ -99,31 +101,39 @@ def test_errors_are_what_the_page_says(sentence: str, raising: str | None) -> No
         exec(raising, names)
 
 
-COMMANDS = sorted(
-    {
-        (words[1], *re.findall(r"--[a-z-]+", " ".join(words)))
-        for page in PAGES
-        for block in blocks(text_of(page), "sh")
-        for line in block.splitlines()
-        if (words := re.sub(r"^torchrun .* -m modest_align_train", "modest-align", line).split())
-        and words[0] == "modest-align"
-    }
-)
+PROGRAMS = {
+    "modest-align": cli.main,
+    "python -m benchmarks": benchmarks.main,
+    "python -m benchmarks.ranks": ranks.main,
+    "python -m benchmarks.gpu_check": gpu_check.main,
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def commands() -> set[tuple[str, ...]]:
+    """Program, subcommand (or nothing) and flags of every line of shell that calls one of ours."""
+    found = set()
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"):
+        for line in "".join(blocks(text_of(page), "sh")).splitlines():
+            line = re.sub(r"^torchrun .* -m modest_align_train", "modest-align", line)
+            called = re.match(r"(modest-align) (\w+)|(python -m benchmarks[.\w]*)()(?= |$)", line)
+            program, subcommand = [group for group in called.groups() if group is not None] if called else (None, "")
+            if program in PROGRAMS:
+                found.add((program, subcommand, *re.findall(r"--[a-z-]+", line)))
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(commands()), ids=" ".join)
 def test_commands_and_flags_exist(command: tuple[str, ...], capsys) -> None:
-    name, *flags = command
+    program, subcommand, *flags = command
     with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--help"])
+        PROGRAMS[program]([*subcommand.split(), "--help"])
     assert not stop.value.code
-    known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
-    assert set(flags) <= set(known)
+    assert set(flags) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 def test_targets_of_make_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text_of(page), re.MULTILINE)) <= set(targets)
 
 
