@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := modest_align_kernels python benchmarks tests tools setup.py
 CPP_SOURCES = $(shell find csrc tests/ptx_simulator tests/arm_driver.cpp -name '*.[ch]*')
 
-.PHONY: demo test lint benchmark readme gpu-check
+.PHONY: demo test lint docs benchmark readme gpu-check
 
 demo: $(VENV)/demo.installed
 	$(BIN)/modest-align demo $(OUTPUT) $(ARGS)
@@ -22,6 +22,10 @@ lint: $(VENV)/test.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
+# The documentation as a site, in site/: look at site/index.html. Warnings are errors.
+docs: $(VENV)/test.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 benchmark: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -33,12 +37,12 @@ gpu-check: OUT ?= gpu_check
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
 
-# README's generated blocks, from what `make demo` and `make benchmark` stored under benchmarks/results.
+# The generated blocks of README and docs, from what `make demo` and `make benchmark` stored under benchmarks/results.
 readme: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.readme
 
 $(VENV)/demo.installed: EXTRAS := train,encoders
-$(VENV)/test.installed: EXTRAS := test,encoders
+$(VENV)/test.installed: EXTRAS := test,docs,encoders
 $(VENV)/%.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
