@@ -70,7 +70,10 @@ def check_wheel(wheel: Path) -> None:
 
         python("-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
         readme = message_from_bytes(metadata).get_payload()
-        python("-c", re.search(r"^```python\n(import torch\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1])
+        lines = re.search(r"^```python\n(import torch\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+        if lines is None:
+            sys.exit(f"{wheel}: README has no Python that begins with import torch")
+        python("-c", lines[1])
         report = python("-m", "modest_align_kernels")
         cuda = "built" if wheel.parent.name == "cuda" else "not built"
         for want in (f"({folder}/venv/", f"CUDA part {cuda}\n", "  native (the default): self-test passed"):
