@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import sys
 import time
 from collections import Counter
@@ -42,6 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+
+    Raises:
+        SystemExit: of --help, of words that are no arguments, and of `doctor`: 1 if a self-test failed.
     """
     # OpenMP reads it when PyTorch is loaded. By default threads spin while they wait: beside other busy processes they
     # keep each other from the cores, and a training step takes twice as long.
@@ -61,6 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "evaluate": evaluate,
         "search": search,
         "report": report,
+        "doctor": doctor,
     }
     try:
         _refuse_repeated_flags(args)
@@ -279,6 +284,11 @@ def report(
     from modest_align_train.report import write_report
 
     print(f"report: {write_report(runs, output, title=title, latents=latents)}")
+
+
+def doctor() -> None:
+    """Say what is installed and which backends run here, for a bug report, and test them; status 1 if a test fails."""
+    runpy.run_module("modest_align_kernels", run_name="__main__")
 
 
 def _refuse_repeated_flags(args: Sequence[str]) -> None:
