@@ -126,6 +126,17 @@ def test_the_mean_per_class_is_that_of_the_bootstrap_over_pictures():
     assert found["high"] == pytest.approx(62.5 + half_width, abs=0.5)
 
 
+def test_small_classes_do_not_move_the_interval_of_the_mean_per_class():
+    # Classes of one picture, which replicates often lack, are wrong, those of three are right.
+    label = torch.arange(200).repeat_interleave(torch.tensor([1, 3]).repeat(100))
+    ranks = 2 - label % 2
+    found = module._mean_per_class(ranks, label, 500)
+    assert found["value"] == 50
+    assert (found["low"] + found["high"]) / 2 == pytest.approx(50, abs=0.5)
+    assert found["low"] < 49 < 51 < found["high"]
+    assert module._mean_per_class(torch.where(label == 1, 2, 1), label, 500)["high"] == 100
+
+
 def test_a_folder_is_classified_with_the_run_as_it_is(run, encoders, pictures, capsys):
     (pictures / "4" / "broken.png").write_bytes(b"no picture")
     (pictures / "4" / "notes.md").write_text("four")

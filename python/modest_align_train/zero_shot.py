@@ -306,7 +306,11 @@ def chance_accuracy(classes: int, top: Sequence[int]) -> dict[str, float]:
 
 
 def _mean_per_class(ranks: Tensor, label: Tensor, bootstrap: int) -> dict[str, float]:
-    """Mean over the classes that have images, of a replicate those that were drawn, of their top-1 accuracies."""
+    """Mean over the classes that have images of their top-1 accuracies, in percent, with an interval.
+
+    A replicate is the mean over the classes that were drawn, which small ones often are not: the interval is freed of
+    the bias of that.
+    """
     hits, classes = (ranks == 1).double(), int(label.max()) + 1
 
     def statistics(weights: Tensor) -> Tensor:
@@ -315,7 +319,8 @@ def _mean_per_class(ranks: Tensor, label: Tensor, bootstrap: int) -> dict[str, f
         drawn.index_add_(1, label, weights)
         return 100 * (right / drawn).nanmean(1, keepdim=True)
 
-    return intervals(statistics, torch.arange(len(label)), bootstrap)[0]
+    found = intervals(statistics, torch.arange(len(label)), bootstrap, unbias=True)[0]
+    return {**found, "high": min(found["high"], 100.0)}
 
 
 def format_zero_shot(result: Mapping[str, Any]) -> str:
