@@ -10,7 +10,7 @@ from train_data import small_settings
 
 from modest_align_train.cli import main
 
-COMMANDS = ("demo", "extract", "train", "evaluate", "search", "report", "doctor")
+COMMANDS = ("demo", "extract", "tune", "train", "evaluate", "zero-shot", "search", "report", "doctor")
 
 
 def run(*words: object) -> int:
