@@ -183,7 +183,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(tmp_path, monkeyp
     [
         ({"steps": 50}, "steps is 50 but 40 in the run stored in .*run"),
         ({"learning_rate": 0.5, "steps": 50}, "steps is 50 but 40"),
-        ({"latent_noise_std": 0.5}, "latent_noise_std is 0.5 but 0.01 in the run stored in"),
+        ({"latent_noise_std": 0.5}, "latent_noise_std is 0.5 but 0.02 in the run stored in"),
     ],
 )
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path, change, sentence):

@@ -68,11 +68,11 @@ class Settings:
     """Hidden features of a block, in multiples of its width."""
     dropout: _Share = 0.1
     """Share of a block's hidden features dropped in training."""
-    latent_noise_std: _NotNegative = 0.01
+    latent_noise_std: _NotNegative = 0.02
     """Random perturbation: standard deviation of the noise on each feature of the unit-norm latents, in training."""
     loss_noise_std: _NotNegative = 0.0
     """The same on the adapters' outputs, inside the loss."""
-    smoothing: _Share = 0.1
+    smoothing: _Share = 0.0
     """Embedding smoothing: share of the target that goes to the negatives."""
     learn_scale: bool = True
     """Learn the scale of the cosines; otherwise it stays as it is."""
