@@ -9,6 +9,7 @@ import pytest
 from train_data import small_settings
 
 from modest_align_train.cli import main
+from modest_align_train.train import train
 
 COMMANDS = ("demo", "extract", "tune", "train", "evaluate", "zero-shot", "search", "report", "doctor")
 
@@ -148,6 +149,28 @@ def test_sentences_name_flags(words, sentence, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("image,words,image_column\na.png,x,y\n")
     assert run(*(word.format(tmp_path) for word in words)) == 2
     assert sentence.format(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [("train", "--help"), ("evaluate", "run", "--bootstrap", "50")])
+def test_a_reader_that_has_gone_ends_it_quietly(words, unbuffered, tmp_path):
+    """Without a buffer the pipe breaks while it prints, with one when it ends."""
+    if words[0] == "evaluate":
+        train(small_settings(tmp_path), progress=False)
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "modest_align_train", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_ctrl_c_is_one_sentence(config, monkeypatch, capsys):

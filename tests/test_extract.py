@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from train_data import write_tar
 
 from modest_align_train import extract as module
-from modest_align_train.encoders import CUT, ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from modest_align_train.encoders import CUT, ImageEncoder, Reading, TextEncoder, load_image_encoder, load_text_encoder
 from modest_align_train.extract import extract
 from modest_align_train.latents import (
     MANIFEST,
@@ -182,6 +184,24 @@ def test_an_interruption_costs_half_a_minute_and_not_a_shard(tmp_path, counters,
         assert counters.images == 0
 
 
+def test_captions_that_an_earlier_version_left_come_again(tmp_path, counters, monkeypatch):
+    """They stood in another order, and nothing said which they were."""
+    table = write_pairs(tmp_path, 9)
+    monkeypatch.setattr(module, "_SECONDS_UNSAVED", 0)
+    counters.on_captions = lambda: len(counters.captions) > 9
+    output = tmp_path / "latents"
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, output, progress=False)
+    (left,) = output.glob("shard-*.partial")
+    with safe_open(left, "pt") as file:
+        metadata = {"unread": file.metadata()["unread"]}
+    tensors = load_file(left)
+    save_file({**tensors, "text": tensors["text"].flip(0)}, left, metadata)
+    done, counters.images, counters.on_captions = counters.images, 0, lambda: False
+    check(extract(table, output, progress=False), range(9))
+    assert (done, counters.images) == (9, 0)
+
+
 def test_what_is_left_of_a_shard_belongs_to_its_source(tmp_path, counters, monkeypatch):
     table = write_pairs(tmp_path, 8)
     monkeypatch.setattr(module, "_SECONDS_UNSAVED", 0)
@@ -340,7 +360,9 @@ def test_faulty_captions_are_kept_and_counted(tmp_path, counters, monkeypatch, c
     load = module.load_text_encoder
 
     def load_texts(name, device):
-        return replace(load(name, device), faults=lambda captions: [CUT * ("more" in one) for one in captions])
+        return replace(
+            load(name, device), read=lambda captions: [Reading(1, CUT * ("more" in one)) for one in captions]
+        )
 
     monkeypatch.setattr(module, "load_text_encoder", load_texts)
     table = write_pairs(tmp_path, 9, damaged=[5])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -187,7 +189,41 @@ def test_no_sentence_holds_a_files_content(tmp_path, name, content):
     assert str(caught.value).count("secret") <= 20
 
 
+FLIP_BITS = """
+import sys
+from pathlib import Path
+from modest_align_train.tables import read_table
+
+path = Path(sys.argv[1])
+data = path.read_bytes()
+footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+counts = [0, 0]
+for bit in range(footer * 8, (len(data) - 8) * 8, 6):
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        read_table(path, [])
+        counts[0] += 1
+    except ValueError:
+        counts[1] += 1
+print(*counts)
+"""
+
+
 def test_a_cut_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=r"t\.parquet is not a whole Parquet file \([^\n]*\)$"):
         read(tmp_path / "t.parquet", b"PAR1 and no more")
+
+
+def test_a_parquet_with_a_damaged_footer(tmp_path):
+    """In a process of its own, which pyarrow would end."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"image": {"bytes": b"png", "path": f"{row}.png"}, "caption": ["a dog", "dog"]} for row in range(6)]
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), tmp_path / "t.parquet")
+    done = subprocess.run([sys.executable, "-c", FLIP_BITS, tmp_path / "t.parquet"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, refused = map(int, done.stdout.split())
+    assert whole > 0
+    assert refused > 0

@@ -237,12 +237,12 @@ def test_a_moved_run_goes_on(tmp_path):
 
 
 def test_a_run_whose_settings_have_their_earlier_names_goes_on(tmp_path):
-    run = train(small_settings(tmp_path, latent_noise_std=0.02), progress=False)
+    run = train(small_settings(tmp_path, latent_noise_std=0.03), progress=False)
     stored = run / "settings.toml"
     stored.write_text(stored.read_text().replace("latent_noise_std", "noise_std"))
-    assert train(small_settings(tmp_path, latent_noise_std=0.02), progress=False) == run
+    assert train(small_settings(tmp_path, latent_noise_std=0.03), progress=False) == run
     assert load_aligner(run).image_adapter.features == IMAGE_DIM
-    with pytest.raises(ValueError, match=r"latent_noise_std is 0.01 but 0.02 in the run stored in"):
+    with pytest.raises(ValueError, match=r"latent_noise_std is 0.02 but 0.03 in the run stored in"):
         train(small_settings(tmp_path), progress=False)
 
 

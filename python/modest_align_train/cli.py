@@ -29,6 +29,8 @@ from modest_align_train.settings import (
 
 # Modules that need torch are imported by the subcommands, so that --help is quick.
 
+# What a shell says of a program that SIGPIPE ended.
+_BROKEN_PIPE = 141
 # Seconds that other processes wait, before they speak, for the first one to have spoken and torchrun to end them.
 _FIRST_SPEAKS = 10
 
@@ -50,11 +52,24 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Words after the program's name; None takes those of the process.
 
     Returns:
-        Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+        Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C; 141, without a word, where
+        nobody reads the output any more, as after `| head -1`.
 
     Raises:
         SystemExit: of --help, of words that are no arguments, and of `doctor`: 1 if a self-test failed.
     """
+    try:
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes what is left once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _run(args: Sequence[str] | None) -> int:
     # OpenMP reads it when PyTorch is loaded. By default threads spin while they wait: beside other busy processes they
     # keep each other from the cores, and a training step takes twice as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -91,6 +106,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if stop.code and process:
             return _end(process, f"process {process} cannot read its arguments")
+        raise
+    except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         # The system's own errors have a number, and the path apart.

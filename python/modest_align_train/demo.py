@@ -109,18 +109,22 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     if quick:
         settings = replace(settings, steps=QUICK_STEPS, batch_size=128, validate_every=10, warmup_steps=5)
 
-    print("2/4  noise: one run for each standard deviation, judged on the validation split")
-    stds = QUICK_SWEEP if quick else SWEEP
-    infonce, rp = KINDS[:2]
-    swept = _train_all([(rp if std else infonce).settings(0, std, settings) for std in stds], "sweep")
-    sweep = [{"latent_noise_std": std, **_best_validation(run)} for std, run in zip(stds, swept, strict=True)]
-    latent_noise_std = max(sweep[1:], key=lambda point: point["mean_recall"])["latent_noise_std"]
-    print(f"     latent_noise_std = {latent_noise_std:g} has the highest mean recall of them")
+    # One pool for both, because a process takes seconds to start.
+    with ProcessPool("auto", len(KINDS)) as pool:
+        print("2/4  noise: one run for each standard deviation, judged on the validation split")
+        stds = QUICK_SWEEP if quick else SWEEP
+        infonce, rp = KINDS[:2]
+        swept = pool.map(
+            _train_and_evaluate, [(rp if std else infonce).settings(0, std, settings) for std in stds], "sweep"
+        )
+        sweep = [{"latent_noise_std": std, **_best_validation(run)} for std, run in zip(stds, swept, strict=True)]
+        latent_noise_std = max(sweep[1:], key=lambda point: point["mean_recall"])["latent_noise_std"]
+        print(f"     latent_noise_std = {latent_noise_std:g} has the highest mean recall of them")
 
-    print(f"3/4  training: {len(KINDS)} kinds, {seeds} seed{'s' if seeds > 1 else ''} each")
-    wanted = [kind.settings(seed, latent_noise_std, settings) for kind in KINDS for seed in range(seeds)]
-    trained = iter(_train_all(wanted, "runs"))
-    runs = {kind: [next(trained) for _ in range(seeds)] for kind in KINDS}
+        print(f"3/4  training: {len(KINDS)} kinds, {seeds} seed{'s' if seeds > 1 else ''} each")
+        wanted = [kind.settings(seed, latent_noise_std, settings) for kind in KINDS for seed in range(seeds)]
+        trained = iter(pool.map(_train_and_evaluate, wanted, "runs"))
+        runs = {kind: [next(trained) for _ in range(seeds)] for kind in KINDS}
 
     print("4/4  table and report")
     test = latents.subset("test")
@@ -157,12 +161,6 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     )
     print(f"\n{markdown}\n\n{results['effect']}\n\n{report}, after {time.perf_counter() - started:.0f} s")
     return report
-
-
-def _train_all(runs: Sequence[Settings], what: str) -> list[TrainedRun]:
-    """Train and evaluate runs, or find them trained."""
-    with ProcessPool("auto", len(runs)) as pool:
-        return pool.map(_train_and_evaluate, runs, what)
 
 
 def _train_and_evaluate(settings: Settings) -> TrainedRun:

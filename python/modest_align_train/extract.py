@@ -183,9 +183,7 @@ def extract(
             bar.set_description("images")
             image, kept, unread = _encode_images(records, encode_images, batch_size, bar.update, unfinished)
             bar.set_description("captions")
-            captions = [caption for record in kept for caption in record.captions]
-            text = _encode_captions(captions, encode_texts, bar.update, unfinished)
-            faulty = _faulty_captions(kept, encode_texts)
+            text, faulty = _encode_captions(kept, encode_texts, bar.update, unfinished)
             counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
             caption_image = torch.arange(len(kept)).repeat_interleave(counts)
             written = write_shard(output, index, image, text, caption_image, kept)
@@ -288,26 +286,33 @@ class _Unfinished:
     Attributes:
         path: The file.
         image: Latents of the images that can be read, batches [n, Di].
-        text: Latents of the different captions, the shortest first, batches [n, Dt].
+        text: Latents of captions, batches [n, Dt].
+        captions: These captions.
         unread: What `Skipped` says of each image that was tried, None for one that can be read.
     """
 
     def __init__(self, path: Path, image_dim: int, text_dim: int) -> None:
         self.path = path
         self.image, self.text = [torch.empty(0, image_dim)], [torch.empty(0, text_dim)]
+        self.captions: list[str] = []
         self.unread: list[dict[str, str] | None] = []
         self.saved_at = perf_counter()
         if path.is_file():
             with safe_open(path, "pt") as file:
+                metadata = {key: json.loads(value) for key, value in file.metadata().items()}
                 self.image.append(file.get_tensor("image"))
-                self.text.append(file.get_tensor("text"))
-                self.unread = json.loads(file.metadata()["unread"])
+                self.unread = metadata["unread"]
+                # An earlier version took them in another order, and did not note which they are: they come again.
+                if "captions" in metadata:
+                    self.text.append(file.get_tensor("text"))
+                    self.captions = metadata["captions"]
 
     def save(self) -> None:
         """Write the file, unless that was a moment ago."""
         if perf_counter() - self.saved_at >= _SECONDS_UNSAVED:
             tensors = {"image": torch.cat(self.image), "text": torch.cat(self.text)}
-            write_file(self.path, save_safetensors(tensors, {"unread": json.dumps(self.unread)}))
+            metadata = {"unread": json.dumps(self.unread), "captions": json.dumps(self.captions)}
+            write_file(self.path, save_safetensors(tensors, metadata))
             self.saved_at = perf_counter()
 
 
@@ -334,28 +339,30 @@ def _encode_images(
 
 
 def _encode_captions(
-    captions: Sequence[str], encoder: TextEncoder, progress: Callable[[int], object], unfinished: _Unfinished
-) -> Tensor:
-    """Encode captions: n strings -> [n, Dt]; equal ones once, those of like length together."""
+    records: Sequence[Record], encoder: TextEncoder, progress: Callable[[int], object], unfinished: _Unfinished
+) -> tuple[Tensor, list[Skipped]]:
+    """Encode captions, equal ones once, those of like length together.
+
+    Returns:
+        Latents [n, Dt], and which captions' tokens are not what they say; these stay, as the encoder reads them.
+    """
+    captions = [caption for record in records for caption in record.captions]
     counts = Counter(captions)
-    by_length = sorted(counts, key=len)
-    done = sum(map(len, unfinished.text))
-    progress(sum(counts[caption] for caption in by_length[:done]))
-    batches = in_batches(by_length[done:], encoder.batch_size)
-    for batch, latents in zip(batches, text_batches(by_length[done:], encoder), strict=True):
+    reading = dict(zip(counts, encoder.read(list(counts)), strict=True))
+    done = set(unfinished.captions)
+    progress(sum(counts[caption] for caption in done))
+    todo = sorted((caption for caption in counts if caption not in done), key=lambda caption: reading[caption].length)
+    for batch, latents in zip(in_batches(todo, encoder.batch_size), text_batches(todo, encoder), strict=True):
         unfinished.text.append(latents)
+        unfinished.captions += batch
         unfinished.save()
         progress(sum(counts[caption] for caption in batch))
-    row = {caption: number for number, caption in enumerate(by_length)}
-    return torch.cat(unfinished.text)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
-
-
-def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Skipped]:
-    """Name the captions whose tokens are not what they say; they stay, as the encoder reads them."""
+    row = {caption: number for number, caption in enumerate(unfinished.captions)}
     places = [(caption, record.location) for record in records for caption in record.captions]
-    captions = list(dict.fromkeys(caption for caption, _ in places))
-    fault = dict(zip(captions, encoder.faults(captions), strict=True))
-    return [Skipped(location, fault[caption]) for caption, location in places if fault[caption]]
+    return (
+        torch.cat(unfinished.text)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)],
+        [Skipped(place, reading[caption].fault) for caption, place in places if reading[caption].fault],
+    )
 
 
 def image_batches(

@@ -23,6 +23,8 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its cells by 
 _SEPARATORS = (",", ";", "\t", "|")
 # A quote that is not closed within so many lines was not meant to open a cell.
 _LINES_A_CELL = 100
+# Read at once, to see whether a column of pictures holds any.
+_PICTURES_A_LOOK = 64
 _MISSING = {"", "nan", "null", "none", "<na>"}
 _LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _LIST_AS_TEXT = re.compile(rf"\[\s*(?:(?:{_LITERAL})(?:\s*,)?\s*)*\]", re.DOTALL)
@@ -244,7 +246,7 @@ def _read_parquet(path: Path, skipped: list[Skipped]) -> list[Row]:
                 for field in file.schema_arrow
                 if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {one.name for one in field.type}
             ]
-            embedded = {name for name in pictures if _has_values(file.metadata, f"{name}.bytes")}
+            embedded = {name for name in pictures if _has_values(file, f"{name}.bytes")}
             columns = [f"{name}.path" if name in pictures else name for name in file.schema_arrow.names]
             rows = file.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -292,12 +294,10 @@ def _row_group(path: str, column: str, group: int, modified_ns: int) -> Any:
         return file.read_row_group(group, columns=[f"{column}.bytes"])[column]
 
 
-def _has_values(metadata: Any, column: str) -> bool:
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for one in map(group.column, range(group.num_columns)):
-            if one.path_in_schema == column and not (one.is_stats_set and one.statistics.null_count == group.num_rows):
-                return True
-    return False
+def _has_values(file: Any, column: str) -> bool:
+    # By reading and not by the statistics in the footer, for which pyarrow ends the process where they are damaged.
+    batches = file.iter_batches(_PICTURES_A_LOOK, columns=[column])
+    return any(batch.column(0).flatten()[0].null_count < len(batch) for batch in batches)
 
 
 READERS: dict[str, Callable[[Path, list[Skipped]], list[Row] | dict[str, Any]]] = {
