@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_data import IMAGE_DIM, TEXT_DIM, forget_latents, small_settings, write_latents
 
+import modest_align_train.latents as latents_module
 import modest_align_train.train as module
 from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.evaluate import evaluate
@@ -292,6 +293,18 @@ def test_the_test_split_is_never_touched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "load_latents", load_poisoned)
     assert_same_run(with_test, train(small_settings(tmp_path, output=tmp_path / "poisoned"), progress=False))
+
+
+def test_latents_on_disk_give_the_same_run(tmp_path, monkeypatch):
+    in_memory = train(small_settings(tmp_path, shuffled_captions=0.3), progress=False)
+    monkeypatch.setattr(latents_module, "IN_MEMORY", 0)
+    settings = small_settings(tmp_path, shuffled_captions=0.3, output=tmp_path / "streamed")
+    change_step(monkeypatch, 15, lambda aligner, loss: os.kill(os.getpid(), signal.SIGINT) or loss)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 15"):
+        train(settings, progress=False)
+    assert_same_run(in_memory, train(settings, progress=False))
+    found, wanted = (evaluate(run, bootstrap=5) for run in (settings.output, in_memory))
+    assert {**found, "checkpoint": ""} == {**wanted, "checkpoint": ""}
 
 
 def test_the_learned_scale_stays_below_its_maximum(tmp_path):
