@@ -19,8 +19,8 @@ from modest_align_train.latents import Latents, latents_fingerprint, load_latent
 from modest_align_train.rows import Rows
 from modest_align_train.settings import Settings, run_settings
 
-# Rows embedded at once outside of training.
-_CHUNK = 8192
+# Rows that are read, sent to a device and embedded at once, outside of training.
+CHUNK = 8192
 
 
 class Dropout(nn.Dropout):
@@ -143,7 +143,7 @@ class Aligner(nn.Module):
         was_training = adapter.training
         adapter.eval()
         device = next(adapter.parameters()).device
-        chunks = latents.split(_CHUNK)
+        chunks = latents.split(CHUNK)
         embedded = [normalize(adapter(normalize(c.to(device).float(), dim=-1)), dim=-1) for c in chunks]
         adapter.train(was_training)
         return torch.cat(embedded)

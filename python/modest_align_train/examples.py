@@ -45,8 +45,8 @@ def find_examples(run: Path, latents: Latents) -> dict[str, dict[str, list[dict[
     def from_text(row: int) -> dict[str, Any]:
         caption = first_caption[row : row + 1]
         query, (position, right) = texts[caption[0]], answers.images(caption)
-        scores, found = nearest_images(query, images, FOUND_IMAGES)
-        answer = int(right[(images @ query)[right].argmax()])
+        scores = images @ query
+        answer = int(right[scores[right].argmax()])
         return {
             "query": captions[caption[0]],
             "rank": int(best_ranks(query[None], images, lambda _: (position, right))),
@@ -58,20 +58,19 @@ def find_examples(run: Path, latents: Latents) -> dict[str, dict[str, list[dict[
                     "score": score,
                     "right": image in right,
                 }
-                for score, image in zip(scores, found, strict=True)
+                for score, image in zip(*nearest_images(scores, FOUND_IMAGES), strict=True)
             ],
         }
 
     def from_image(row: int) -> dict[str, Any]:
         query, (position, right) = images[row], answers.captions(torch.tensor([row]))
-        scores, found = nearest_captions(query, texts, captions, FOUND_CAPTIONS)
         return {
             "query": latents.records[row].location,
             "rank": int(best_ranks(query[None], texts, lambda _: (position, right))),
             "answer": " · ".join(latents.records[row].captions),
             "found": [
                 {"caption": captions[caption], "score": score, "right": caption in right}
-                for score, caption in zip(scores, found, strict=True)
+                for score, caption in zip(*nearest_captions(texts @ query, captions, FOUND_CAPTIONS), strict=True)
             ],
         }
 

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modest_align_train.adapters import Aligner, load_aligner, read_state
+from modest_align_train.adapters import CHUNK, Aligner, load_aligner, read_state
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import embed, recalls, retrieval_ranks, validation_score
 from modest_align_train.files import write_file
@@ -30,9 +30,6 @@ from modest_align_train.latents import Latents, latents_fingerprint, load_latent
 from modest_align_train.rows import Rows
 from modest_align_train.settings import Settings, run_settings
 from modest_align_train.workers import ALONE, Workers
-
-# Rows that travel from disk to a GPU at once.
-_CHUNK = 8192
 
 __all__ = ["Aligner", "load_aligner", "train"]
 
@@ -352,7 +349,7 @@ def _unit_rows(latents: Tensor | Rows, device: torch.device) -> Tensor | Rows:
     if device.type == "cpu":
         return latents
     unit = torch.empty(latents.shape, device=device)
-    for part, rows in zip(unit.split(_CHUNK), latents.split(_CHUNK), strict=True):
+    for part, rows in zip(unit.split(CHUNK), latents.split(CHUNK), strict=True):
         part.copy_(normalize(rows.to(device), dim=-1))
     return unit
 
