@@ -102,8 +102,12 @@ def test_a_shard_that_is_cut_while_it_is_in_use(stored, monkeypatch):
     latents = load_latents(stored[0])
     path = stored[0] / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(OSError, match=r"shard-00001.safetensors was cut while it was in use"):
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged: it was cut while it was in use"):
         latents.text.to("cpu")
+    path.unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        latents.text.to("cpu")
+    assert error.value.filename == str(path)
 
 
 def test_subset_says_which_splits_there_are(tmp_path):

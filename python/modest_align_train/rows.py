@@ -21,8 +21,8 @@ class Rows:
     """Some rows of a matrix in files: indexing and `split` give views, `to` reads.
 
     Read, and not mapped into memory: a mapped page counts as resident, a row that is touched maps 64 KiB, and where
-    the files do not fit in memory the system reads ahead megabytes for each row of a batch. Nor would an error of
-    the disk end the process.
+    the files do not fit in memory the system reads ahead megabytes for each row of a batch. And an error of the disk
+    does not end the process.
 
     Attributes:
         files: Each has some rows, one after the other.
@@ -59,7 +59,8 @@ class Rows:
         """Read: float32 [n, features].
 
         Raises:
-            OSError: A file cannot be read, or no longer has all its rows.
+            OSError: A file cannot be read.
+            ValueError: A file no longer has all its rows.
         """
         rows = torch.empty(len(self), self.features, dtype=self.dtype)
         order = self.numbers.argsort()
@@ -73,8 +74,13 @@ class Rows:
         size = self.features * self.dtype.itemsize
         content = rows.view(-1).view(torch.uint8).numpy()
         for file, places in groupby(wanted, key=lambda place: place[0]):
-            with open(self.files[file], "rb", buffering=0) as opened:
-                for _, there, here in places:
-                    opened.seek(self.start[file] + there * size)
-                    if opened.readinto(content[here * size : (here + 1) * size]) != size:
-                        raise OSError(f"{self.files[file]} was cut while it was in use")
+            path = self.files[file]
+            try:
+                with open(path, "rb", buffering=0) as opened:
+                    for _, there, here in places:
+                        opened.seek(self.start[file] + there * size)
+                        if opened.readinto(content[here * size : (here + 1) * size]) != size:
+                            raise ValueError(f"{path} is damaged: it was cut while it was in use")
+            except OSError as error:
+                # One that a disk makes has no file's name.
+                raise OSError(error.errno, error.strerror, str(path)) from error
