@@ -49,7 +49,7 @@ class Scale:
     image_dim: int = 1536
     text_dim: int = 1024
     validation: int = 10_000
-    test: int = 100_000
+    test: int = 20_000
     steps: int = 300
     embedding_dim: int = 512
     blocks: int = 1
