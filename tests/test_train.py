@@ -422,7 +422,7 @@ def test_embeddings_are_unit_and_the_same_in_chunks(tmp_path, monkeypatch):
     assert embedded.shape == (10, 16)
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(10))
     torch.testing.assert_close(aligner.embed_images(5 * latents), embedded)
-    monkeypatch.setattr("modest_align_train.adapters._CHUNK", 3)
+    monkeypatch.setattr("modest_align_train.adapters.CHUNK", 3)
     torch.testing.assert_close(aligner.embed_images(latents), embedded)
     with pytest.raises(ValueError, match="image latents must have 24 features, got 16"):
         aligner.embed_images(torch.randn(3, TEXT_DIM))

@@ -278,7 +278,7 @@ class Batches:
     """Training pairs, and the batches drawn from them.
 
     The latents stay on the training device if they take at most half of its free memory, otherwise in host
-    memory, from where batches travel by asynchronous copies; on a CPU, and there, `Rows` stay on disk.
+    memory, from where batches travel by asynchronous copies. `Rows` are read batch by batch, unless they fit on a GPU.
 
     Args:
         latents: Of the training split.
@@ -343,7 +343,7 @@ class Batches:
 
 
 def _unit_rows(latents: Tensor | Rows, device: torch.device) -> Tensor | Rows:
-    """Normalise latents on a device; those on disk stay there, unless it is a GPU, as they are."""
+    """Normalise latents and put them on a device; for the CPU, those on disk stay there as they are."""
     if isinstance(latents, Tensor):
         return normalize(latents, dim=-1).to(device)
     if device.type == "cpu":
