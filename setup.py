@@ -1,4 +1,4 @@
-"""Builds ``modest_align_kernels._C`` with pybind11 and ninja; README lists the environment variables that steer it.
+"""Builds ``modest_align_kernels._C`` with pybind11 and ninja; docs/install.md has the variables that steer it.
 
 C++ of ``csrc/cpu`` is compiled once for each instruction-set level, and chosen when it runs: one wheel runs on every
 machine of its kind. ``csrc/cuda`` is compiled where nvcc is. PyTorch is not needed here: the kernels take addresses.

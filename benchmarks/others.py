@@ -16,7 +16,7 @@ from benchmarks.clock import Run
 from benchmarks.operations import backends
 from benchmarks.providers import LossFunction, Provider, Step, from_loss, sentence_transformers_loss
 from benchmarks.recipes import recipes
-from benchmarks.results import PLAIN, Key, Result
+from benchmarks.results import COMPILED, PLAIN, Key, Result
 from benchmarks.truth import Inputs, Truth
 from benchmarks.workloads import HARD_NEGATIVES, SCALE, Workload
 from modest_align_kernels import contrastive_logsumexp
@@ -135,7 +135,7 @@ def providers(kind: str, device: str) -> list[Provider]:
     mine = [Provider(Key("ours", name), partial(ours, name, reason)) for name, reason in backends(device).items()]
     plain = (
         Provider(PLAIN, lambda: from_loss(loss(other.plain))),
-        Provider(Key("plain, torch.compile"), compiled, compiled=True),
+        Provider(COMPILED, compiled, compiled=True),
     )
     return [*mine, *plain, *other.peers]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.operations import backends
-from benchmarks.results import PLAIN, Key
+from benchmarks.results import COMPILED, OPEN_CLIP, PLAIN, Key
 from benchmarks.workloads import SCALE
 from modest_align_kernels import modest_align_loss
 
@@ -220,8 +220,8 @@ def _siglip() -> Step:
 PLAIN_PROVIDER = Provider(PLAIN, lambda: from_loss(plain_loss))
 PEERS = (
     PLAIN_PROVIDER,
-    Provider(Key("plain, torch.compile"), _compiled, slow=True, compiled=True),
-    Provider(Key("open_clip ClipLoss"), _open_clip, "open_clip_torch"),
+    Provider(COMPILED, _compiled, slow=True, compiled=True),
+    Provider(OPEN_CLIP, _open_clip, "open_clip_torch"),
     Provider(Key("sentence-transformers MNRL"), _ranking, "sentence-transformers"),
     Provider(
         Key("sentence-transformers cached MNRL"),

@@ -1,4 +1,4 @@
-"""The generated blocks of README and docs/many_ranks.md: `python -m benchmarks.readme`."""
+"""The generated blocks of README and of pages in docs: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.ranks import paper_table
-from benchmarks.recipes import PAGE_OF_RANKS
+from benchmarks.recipes import DOCS, PAGE_OF_RANKS
 from benchmarks.results import RESULTS, Result, load, write
 
 README = Path(__file__).parent.parent / "README.md"
+PAGE_OF_SPEED, PAGE_OF_DEMO = DOCS / "speed.md", DOCS / "demo.md"
 DEMO = RESULTS / "demo.json"
 
 
@@ -31,23 +32,18 @@ def chips() -> dict[str, Result]:
 
 
 def chip_section(name: str, stored: Result) -> str:
-    """A chip's short table and its two pictures."""
-    cases, folder, absent = table.short_cases(stored), "benchmarks/results", table.absences(stored)
+    """A chip's table and its two pictures, for a page in docs."""
+    cases, folder, absent = table.short_cases(stored), "../benchmarks/results", table.absences(stored)
     parts = [
-        table.heading(stored, cases) + f" D = {cases[0]['features']}, {cases[0]['dtype']}:",
+        f"## {table.device(stored)}",
+        f"D = {cases[0]['features']}, {cases[0]['dtype']}. Measured on {table.circumstances(stored, cases)}.",
         table.short_table(stored),
         f"Not measured: {'; '.join(absent)}." if absent else "",
-        f"![Time and peak memory against B]({folder}/{name}.png)",
-        f"![Fraction of the floor against B and D]({folder}/{name}-floor.png)",
+        f"[![Time and peak memory against B]({folder}/{name}.png)]({folder}/{name}.png)",
+        f"[![Fraction of the floor against B and D]({folder}/{name}-floor.png)]({folder}/{name}-floor.png)",
         f"Every shape, spread and dtype: [{name}.md]({folder}/{name}.md).",
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def render(text: str) -> str:
-    """README's text with every block between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
-    sections = "\n\n".join(chip_section(name, stored) for name, stored in chips().items() if table.short_cases(stored))
-    return fill(text, {"demo": demo_block(), "chips": sections})
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:
@@ -60,9 +56,16 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
-def page_of_ranks() -> dict[Path, str]:
-    """The page of many ranks, as it should be."""
-    return {PAGE_OF_RANKS: fill(PAGE_OF_RANKS.read_text(encoding="utf-8"), {"paper": paper_table()})}
+def pages() -> dict[Path, str]:
+    """Every page that has blocks, as it should be."""
+    shown = {name: stored for name, stored in chips().items() if table.short_cases(stored)}
+    blocks = {
+        README: {"chips": table.brief_table(list(shown.values()))},
+        PAGE_OF_SPEED: {"chips": "\n\n".join(chip_section(name, stored) for name, stored in shown.items())},
+        PAGE_OF_DEMO: {"demo": demo_block()},
+        PAGE_OF_RANKS: {"paper": paper_table()},
+    }
+    return {path: fill(path.read_text(encoding="utf-8"), own) for path, own in blocks.items()}
 
 
 def tables() -> dict[Path, str]:
@@ -72,7 +75,7 @@ def tables() -> dict[Path, str]:
 
 def main() -> None:
     """Write the blocks and the full tables."""
-    for path, text in {README: render(README.read_text(encoding="utf-8")), **page_of_ranks(), **tables()}.items():
+    for path, text in {**pages(), **tables()}.items():
         write(text.encode(), path)
 
 

@@ -28,7 +28,7 @@ class Key(NamedTuple):
         return f"{self.name} ({self.backend})" if self.backend else self.name
 
 
-PLAIN = Key("plain")
+PLAIN, COMPILED, OPEN_CLIP = Key("plain"), Key("plain, torch.compile"), Key("open_clip ClipLoss")
 FLOOR = Key("floor")
 
 

@@ -1,4 +1,4 @@
-"""The tables: everything in full, what README shows, and two runs compared."""
+"""The tables: everything in full, what README and the page of each chip show, and two runs compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 
 from benchmarks.operations import work
-from benchmarks.results import FLOOR, PLAIN, Key, Result, floor_of, same_machine, workload_of
+from benchmarks.results import COMPILED, FLOOR, OPEN_CLIP, PLAIN, Key, Result, floor_of, same_machine, workload_of
 from benchmarks.step import NO_LOSS
 from benchmarks.workloads import OTHER_LOSSES
 
@@ -103,17 +103,25 @@ def full_tables(stored: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def heading(stored: Result, cases: list[Result]) -> str:
-    """Where the numbers of some cases come from; their commits stand in the tables."""
+def device(stored: Result) -> str:
+    """The chip, and of a CPU its threads."""
     machine = stored["machine"]
-    threads = f", {machine['threads']} threads" if machine["type"] == "cpu" else ""
+    return machine["device"] + (f", {machine['threads']} threads" if machine["type"] == "cpu" else "")
+
+
+def heading(stored: Result, cases: list[Result]) -> str:
+    """The chip, and where the numbers of some cases come from."""
+    return f"**{device(stored)}**, {circumstances(stored, cases)}."
+
+
+def circumstances(stored: Result, cases: list[Result]) -> str:
+    """Dates, versions and OpenMP's policy of some cases; their commits stand in the tables."""
     versions = dict.fromkeys(item for case in cases for item in case["versions"].items())
     dates = dict.fromkeys(case["date"] for case in cases)
     # Of a CPU, and not stored with its first results.
-    policies = dict.fromkeys(case.get("wait_policy") for case in cases if machine["type"] == "cpu")
+    policies = dict.fromkeys(case.get("wait_policy") for case in cases if stored["machine"]["type"] == "cpu")
     facts = [*dates, *(f"{package} {version}" for package, version in versions)]
-    facts += [f"`OMP_WAIT_POLICY` {policy}" for policy in policies if policy]
-    return ", ".join([f"**{machine['device']}{threads}**", *facts]) + "."
+    return ", ".join([*facts, *(f"`OMP_WAIT_POLICY` {policy}" for policy in policies if policy)])
 
 
 def loss_table(stored: Result) -> str:
@@ -285,6 +293,26 @@ def short_table(stored: Result) -> str:
     rows.append(["*floor: four matmuls*", *(_seconds(case["results"][FLOOR]) for case in cases)])
     rows.append(["*commit*", *(case["commit"] for case in cases)])
     return markdown(columns, rows)
+
+
+def brief_table(chips: list[Result]) -> str:
+    """Time and memory of the fastest of ours beside the plain losses and open_clip's, three rows for each chip."""
+    others = [PLAIN, COMPILED, OPEN_CLIP]
+    rows = []
+    for stored in chips:
+        for case in short_cases(stored):
+            ours = {key: r for key, r in case["results"].items() if key.ours and "seconds" in r}
+            if not ours:
+                continue
+            best = min(ours, key=lambda key: quartiles(ours[key]["seconds"])[1])
+            cells = [f"{_cost(ours[best])} ({best.backend})", *(_cost(case["results"].get(key, {})) for key in others)]
+            rows.append([device(stored), f"{case['rows']:,}", f"{case['features']:,}", case["dtype"], *cells])
+    return markdown(["chip", "B>", "D>", "dtype", "ours>", *(f"{key}>" for key in others)], rows)
+
+
+def _cost(result: Result) -> str:
+    memory = f", {mebibytes(result)} MiB" if "peak_extra_mib" in result else ""
+    return _seconds(result) + memory
 
 
 def _seconds(result: Result) -> str:

@@ -16,6 +16,12 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
     Returns:
         For each backend's name None if it can run, or the reason why it cannot.
+
+    Examples:
+        >>> available_backends("cpu")["eager"] is None
+        True
+        >>> available_backends("mps")["triton"]
+        'the Triton kernels are written for NVIDIA and AMD GPUs, not for mps'
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

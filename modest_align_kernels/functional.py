@@ -55,15 +55,20 @@ def modest_align_loss(
 ) -> Tensor:
     r"""The contrastive loss of Modest-Align, exact, in memory O((B + N) D) and a workspace of constant size.
 
-    .. math::
-        \tilde x = x + \sigma \epsilon, \quad \hat x = \tilde x / \max(|\tilde x|, 10^{-12})
-        \quad (\text{the same for } y), \quad S = s \hat X \hat Y^T
+    $$
+    \tilde x = x + \sigma \epsilon, \quad \hat x = \tilde x / \max(|\tilde x|, 10^{-12})
+    \quad (\text{the same for } y), \quad S = s \hat X \hat Y^T
+    $$
 
-        T_{ij} = 1 - a \text{ for the positive } (i = j), \quad
-        a / n_i \text{ for each of row i's } n_i \text{ negatives}
+    $$
+    T_{ij} = 1 - a \text{ for the positive } (i = j), \quad
+    a / n_i \text{ for each of row i's } n_i \text{ negatives}
+    $$
 
-        \ell_i = \tfrac12 CE(T_{i:}, S_{i:}) + \tfrac12 CE(T_{:i}, S_{:i}), \quad
-        L = \sum_i w_i \ell_i / \sum_i w_i
+    $$
+    \ell_i = \tfrac12 CE(T_{i:}, S_{i:}) + \tfrac12 CE(T_{:i}, S_{:i}), \quad
+    L = \sum_i w_i \ell_i / \sum_i w_i
+    $$
 
     from Modest-Align (arXiv 2510.21606): the noise is its Random Perturbation, the smoothed target its Embedding
     Smoothing. With ``noise_std=0`` and ``smoothing=0`` this is CLIP's loss. Label smoothing of PyTorch's kind, e, which
@@ -120,7 +125,7 @@ def modest_align_loss(
             for a third more traffic in 16 bits and half more in 32; or "auto", the ring where gathering takes more than
             16 times MODEST_ALIGN_WORKSPACE_MIB.
         gradient_reduction: what the trainer makes of the ranks' gradients of a parameter: their "mean" or their "sum".
-        backend: "auto", or a name of :func:`available_backends`.
+        backend: "auto", or a name of ``available_backends``.
 
     Returns:
         The loss, 0-dim or [B] float32 (float64 for float64 features). B = 0 gives 0 with gradients of zeros; NaN
@@ -130,6 +135,21 @@ def modest_align_loss(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Examples:
+        Four pairs; the fifth text is a negative of all four images:
+
+        >>> import torch
+        >>> images, texts = torch.eye(5)[:4], torch.eye(5)
+        >>> modest_align_loss(images, texts, 1.0)
+        tensor(0.8243)
+        >>> modest_align_loss(images, texts, 1.0, smoothing=0.1, reduction="none")
+        tensor([0.9243, 0.9243, 0.9243, 0.9243])
+
+        The first two show the same thing, and are no negatives of each other:
+
+        >>> modest_align_loss(images, texts, 1.0, group_ids=torch.tensor([0, 0, 1, 2]), reduction="none")
+        tensor([0.6476, 0.6476, 0.8243, 0.8243])
     """
     call: tuple[Any, ...] = image_features, text_features, logit_scale, noise_std, relative_noise, smoothing
     call += group_ids, weights, reduction, symmetric, backend, strategy, gradient_reduction
@@ -230,7 +250,7 @@ def _draw_seed(noise_std: Tensor | float, x: Tensor, scale: Tensor) -> tuple[Ten
 
 
 def _loss_of_ranks(process_group: Any, *arguments: Any) -> Tensor:
-    """:func:`modest_align_loss` of a process group; the arguments are those of ``_prepare_loss``."""
+    """``modest_align_loss`` of a process group; the arguments are those of ``_prepare_loss``."""
     from modest_align_kernels import distributed, sharded
 
     logit_scale, noise_std, relative_noise, smoothing, group_ids, weights, reduction = arguments[2:9]
@@ -343,18 +363,22 @@ def contrastive_logsumexp(
 ) -> tuple[Tensor, Tensor]:
     r"""The logsumexps of the rows and of the columns of a matrix of cosines that is never stored.
 
-    .. math::
-        \hat x_i = x_i / \max(|x_i|, 10^{-12}) \quad (\text{the same for } y), \quad S = s \hat X \hat Y^T
+    $$
+    \hat x_i = x_i / \max(|x_i|, 10^{-12}) \quad (\text{the same for } y), \quad S = s \hat X \hat Y^T
+    $$
 
-        \text{row\_lse}_i = \log \sum_{j: c_j \ne r_i} e^{S_{ij}}, \quad
-        \text{col\_lse}_j = \log \sum_{i: r_i \ne c_j} e^{S_{ij}}
+    $$
+    \text{row lse}_i = \log \sum_{j: c_j \ne r_i} e^{S_{ij}}, \quad
+    \text{col lse}_j = \log \sum_{i: r_i \ne c_j} e^{S_{ij}}
+    $$
 
     with ids r of the rows and c of the columns (without ids: over all), -inf where no pair is left. Every softmax
     contrastive loss is a few lines on these B + N numbers, exact, at four matmuls and in memory O((B + N) D), because
     both are differentiable for any gradients u and v that come back to them:
 
-    .. math::
-        \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row\_lse}_i} + v_j e^{S_{ij} - \text{col\_lse}_j}
+    $$
+    \partial L / \partial S_{ij} = u_i e^{S_{ij} - \text{row lse}_i} + v_j e^{S_{ij} - \text{col lse}_j}
+    $$
 
     Gradients flow to x, y, and to ``scale`` if it is a tensor that asks for one; of -inf they are zero. A row whose
     norm is below 1e-12 has none. A second derivative raises RuntimeError. With float16 operands (of float16 features;
@@ -363,14 +387,14 @@ def contrastive_logsumexp(
     Args:
         x: [B, D] float16, bfloat16, float32 or float64, any strides; need not be normalised.
         y: [N, D], on the same device; any N.
-        scale: s > 0, the inverse temperature: a number as in :func:`modest_align_loss`.
+        scale: s > 0, the inverse temperature: a number as in ``modest_align_loss``.
         row_ids: integers [B], or None beside None.
         col_ids: integers [N].
-        process_group: as for :func:`modest_align_loss`. x and y, of any lengths, are then this rank's shards, and the
+        process_group: as for ``modest_align_loss``. x and y, of any lengths, are then this rank's shards, and the
             logsumexps are over all ranks' columns and rows. Where rank r makes J_r of them, x and y receive the
             derivative of the sum of all J_r, and ``scale`` that of their mean.
         strategy: likewise.
-        backend: "auto", or a name of :func:`available_backends`.
+        backend: "auto", or a name of ``available_backends``.
 
     Returns:
         row_lse [B] and col_lse [N], float32 (float64 for float64 features).
@@ -379,6 +403,20 @@ def contrastive_logsumexp(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape or a value out of range; the message names the argument, what came and what is wanted.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Examples:
+        CLIP's loss:
+
+        >>> import torch
+        >>> x, y, scale = torch.eye(4), torch.eye(4), 10.0
+        >>> rows, columns = contrastive_logsumexp(x, y, scale)
+        >>> (rows + columns).mean() / 2 - scale * torch.cosine_similarity(x, y).mean()
+        tensor(0.0001)
+
+        Nothing is compared with itself, and with one row nothing is left:
+
+        >>> contrastive_logsumexp(x[:1], x[:1], scale, row_ids=torch.tensor([7]), col_ids=torch.tensor([7]))[0]
+        tensor([-inf])
     """
     if process_group is not None:
         from modest_align_kernels import distributed  # imports Dynamo, which takes a second
@@ -426,7 +464,7 @@ def _logsumexp_of_nothing(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 
 def _logsumexp_of_ranks(process_group: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """:func:`contrastive_logsumexp` of a process group; the arguments are those of ``_prepare_logsumexp``."""
+    """``contrastive_logsumexp`` of a process group; the arguments are those of ``_prepare_logsumexp``."""
     from modest_align_kernels import distributed, sharded
 
     x, y, scale, row_ids, col_ids, backend, strategy = arguments

@@ -46,7 +46,7 @@ class _BoundedExp(torch.autograd.Function):
 
 
 class ModestAlignLoss(nn.Module):
-    """The contrastive loss of Modest-Align; see :func:`modest_align_kernels.modest_align_loss` for the equation.
+    """The contrastive loss of Modest-Align; see ``modest_align_loss`` for the equation.
 
     The scale is either passed in each call, as open_clip does, or owned: ``logit_scale=14.3`` fixes it, and with
     ``learn_scale=True`` it is the exponential of a parameter, ``log_scale`` [1]. A scale that is passed in the call
@@ -67,21 +67,26 @@ class ModestAlignLoss(nn.Module):
         learn_scale: whether the owned scale is a parameter.
         max_scale: the learned scale's upper bound; None: no bound. While ``log_scale`` is above it the scale is
             ``max_scale``, and ``log_scale`` gets no gradient but one that lowers it.
-        reduction: "mean", "sum" or "none"; see :func:`modest_align_kernels.modest_align_loss`.
+        reduction: "mean", "sum" or "none"; see ``modest_align_loss``.
         symmetric: False keeps only the image-to-text direction.
         process_group: see there, as for the next two.
         strategy: likewise.
         gradient_reduction: likewise.
-        backend: "auto", or a name of :func:`modest_align_kernels.available_backends`.
+        backend: "auto", or a name of ``available_backends``.
 
     Raises:
         TypeError: a number that is none.
         ValueError: ``learn_scale`` without ``logit_scale``, ``max_scale`` without ``learn_scale`` or below
             ``logit_scale``, or a number out of its range; so do assignments.
 
-    Example:
+    Examples:
+        >>> import torch
         >>> loss_fn = ModestAlignLoss(noise_std=0.01, smoothing=0.1, logit_scale=14.3, learn_scale=True)
         >>> loss = loss_fn(torch.randn(8, 16), torch.randn(8, 16))
+        >>> loss.shape, loss.dtype
+        (torch.Size([]), torch.float32)
+        >>> [name for name, _ in loss_fn.named_parameters()]
+        ['log_scale']
     """
 
     _version = 2  # 1: log_scale was 0-dim, and tensors of one element were not saved
@@ -209,7 +214,7 @@ class ModestAlignLoss(nn.Module):
             logit_bias: accepted because open_clip passes it: a constant cancels in a softmax, so it gets a gradient of
                 zero and changes nothing.
             output_dict: return ``{"contrastive_loss": loss}``.
-            group_ids: see :func:`modest_align_kernels.modest_align_loss`.
+            group_ids: see ``modest_align_loss``.
             weights: likewise.
 
         Returns:
@@ -217,7 +222,7 @@ class ModestAlignLoss(nn.Module):
 
         Raises:
             ValueError: no scale is passed and none is owned, or one is passed beside a learned one; otherwise as
-                :func:`modest_align_kernels.modest_align_loss`.
+                ``modest_align_loss``.
         """
         if self.log_scale is not None:
             if logit_scale is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -400,12 +401,16 @@ def test_a_gpu_has_its_name(monkeypatch) -> None:
     assert machine.machine("cuda")["device"] == "NVIDIA H200"
 
 
-def test_readme_has_a_section_for_each_chip(stored, tmp_path, monkeypatch) -> None:
+def test_each_chip_has_a_section_and_rows_in_readme(stored, tmp_path, monkeypatch) -> None:
     for name in ("one", "two"):
         results.save({**stored, "machine": {**stored["machine"], "device": name}}, tmp_path / f"{name}.json")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    text = readme.render(readme.README.read_text(encoding="utf-8"))
-    assert text.index("**one, ") < text.index("(benchmarks/results/one.png)") < text.index("**two, ")
+    pages = readme.pages()
+    text = pages[readme.PAGE_OF_SPEED]
+    assert text.index("## one, ") < text.index("(../benchmarks/results/one.png)") < text.index("## two, ")
+    rows = re.findall(r"^\| (one|two), .*", pages[readme.README], re.MULTILINE)
+    assert rows == sorted(rows)
+    assert set(rows) == {"one", "two"}
     assert [path.name for path in readme.tables()] == ["one.md", "two.md"]
 
 
@@ -426,8 +431,6 @@ def test_ranks_beside_open_clip(tmp_path) -> None:
     assert float(gathered[5]) < 0.53
 
 
-def test_readme_shows_the_stored_results() -> None:
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run `make readme`"
-    for path, wanted in {**readme.page_of_ranks(), **readme.tables()}.items():
+def test_pages_show_the_stored_results() -> None:
+    for path, wanted in {**readme.pages(), **readme.tables()}.items():
         assert path.read_text(encoding="utf-8") == wanted, "run `make readme`"

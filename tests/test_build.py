@@ -110,6 +110,16 @@ def test_without_a_compiler_the_python_part_is_installed(tree: Path) -> None:
     assert "MODEST_ALIGN_NATIVE=1, but the native kernels cannot be built: there is no C++" in demanded.stderr
 
 
+def test_no_package_is_forgotten_and_the_changelog_knows_the_version() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.findall(r'^  "(modest_align_\w+[\w.]*)",$', project, re.MULTILINE)
+    folders = {path.parent for base in ("modest_align_kernels", "python") for path in (ROOT / base).rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts).removeprefix("python.") for folder in folders}
+    assert sorted(packages) == sorted(names)
+    version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)[1]
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
 @needs_compiler
 def test_flags_of_the_cpu_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = ninja_file(monkeypatch, tmp_path, MODEST_ALIGN_CUDA="0", CXX="c++")

@@ -10,7 +10,7 @@ from train_data import small_settings
 
 from modest_align_train.cli import main
 
-COMMANDS = ("demo", "extract", "train", "evaluate", "search", "report")
+COMMANDS = ("demo", "extract", "tune", "train", "evaluate", "zero-shot", "search", "report", "doctor")
 
 
 def run(*words: object) -> int:
@@ -51,6 +51,12 @@ def test_python_m_is_the_same(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == f"modest-align: {tmp_path} is not a trained run: it has no best.pt\n"
+
+
+def test_doctor_is_the_library_s(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run("doctor") == 0
+    assert "eager: self-test passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])

@@ -132,14 +132,14 @@ def test_intervals_are_those_of_a_bootstrap_over_groups(monkeypatch):
     # 100 groups of 4 queries that agree: the standard error is that of 100 draws, not of 400.
     group = torch.arange(100).repeat_interleave(4)
     hits = (group < 30).double()[:, None]
-    statistics = lambda weights: module._mean(hits, group, weights)  # noqa: E731
-    found = module._intervals(statistics, group, 4000)[0]
+    statistics = lambda weights: module.group_mean(hits, group, weights)  # noqa: E731
+    found = module.intervals(statistics, group, 4000)[0]
     half_width = 1.96 * math.sqrt(0.3 * 0.7 / 100)
     assert found["value"] == pytest.approx(0.3)
     assert found["low"] == pytest.approx(0.3 - half_width, abs=0.015)
     assert found["high"] == pytest.approx(0.3 + half_width, abs=0.015)
     monkeypatch.setattr(module, "_WEIGHTS", 4000)
-    in_blocks = module._intervals(statistics, group, 4000)[0]
+    in_blocks = module.intervals(statistics, group, 4000)[0]
     assert in_blocks["low"] == pytest.approx(found["low"], abs=0.01)
 
 

@@ -247,6 +247,7 @@ def test_sections_and_table_come_from_the_caller(root):
             Section("Noise", "a & b", axes.figure),
             Section("More", Markup("<b>bold</b>"), foreign),
             Section("Words"),
+            Section("Cells", table=[["run", "top-1 %"], ["<first>", "40.5"]]),
         ],
         table=[["seeds", "R@1"], ["3", "20.1\n19–21"]],
     )
@@ -256,6 +257,8 @@ def test_sections_and_table_come_from_the_caller(root):
     assert "clean $x" in page
     assert "another style" in page
     assert "<td>20.1\n19–21</td>" in page
+    assert "<th>top-1 %</th>" in page
+    assert "<td>&lt;first&gt;</td><td>40.5</td>" in page
     # The ink follows the page's light or dark mode, also in figures of another style.
     assert "#010203" not in page
     assert re.search(r"fill: currentColor[^>]*>another style", page)

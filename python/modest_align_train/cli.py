@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import sys
 import time
 from collections import Counter
@@ -16,7 +17,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings, read_settings
+from modest_align_train.settings import (
+    TUNE_NOISE,
+    TUNE_SEEDS,
+    TUNE_SMOOTHING,
+    ZERO_SHOT_TEMPLATE,
+    ZERO_SHOT_TOP,
+    Settings,
+    read_settings,
+)
 
 # Modules that need torch are imported by the subcommands, so that --help is quick.
 
@@ -42,6 +51,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 2 for bad input, with one sentence on stderr; 130 for Ctrl-C.
+
+    Raises:
+        SystemExit: of --help, of words that are no arguments, and of `doctor`: 1 if a self-test failed.
     """
     # OpenMP reads it when PyTorch is loaded. By default threads spin while they wait: beside other busy processes they
     # keep each other from the cores, and a training step takes twice as long.
@@ -59,8 +71,10 @@ def main(args: Sequence[str] | None = None) -> int:
         "tune": tune,
         "train": _train({}),
         "evaluate": evaluate,
+        "zero-shot": zero_shot,
         "search": search,
         "report": report,
+        "doctor": doctor,
     }
     try:
         _refuse_repeated_flags(args)
@@ -239,6 +253,34 @@ def evaluate(
     print(format_evaluation(result))
 
 
+def zero_shot(
+    run: _Run,
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
+    template: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STR ...")] = ZERO_SHOT_TEMPLATE,
+    names: _OptionalPath = None,
+    top: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = ZERO_SHOT_TOP,
+    bootstrap: int = 1000,
+    device: str = "auto",
+) -> None:
+    """Classify the pictures of one folder a class by the classes' names.
+
+    Args:
+        run: Run directory of `train`.
+        folder: Holds one folder of pictures a class, whose name is the class's (ImageFolder).
+        template: Texts with {} in the place of a class's name; the embeddings of several are averaged.
+        names: JSON file with what the classes are called by the names of their folders, {"n02084071": "dog"}.
+        top: Numbers k: of top-k accuracy.
+        bootstrap: Bootstrap replicates of the intervals.
+        device: Where to compute: "auto", "cpu", "cuda".
+    """
+    from modest_align_train.zero_shot import format_zero_shot
+    from modest_align_train.zero_shot import zero_shot as run_zero_shot
+
+    result = run_zero_shot(run, folder, template=template, names=names, top=top, bootstrap=bootstrap, device=device)
+    print(format_zero_shot(result))
+
+
 def search(
     run: _Run,
     query: _Query,
@@ -282,6 +324,11 @@ def report(
     from modest_align_train.report import write_report
 
     print(f"report: {write_report(runs, output, title=title, latents=latents)}")
+
+
+def doctor() -> None:
+    """Say what is installed and which backends run here, for a bug report, and test them; status 1 if a test fails."""
+    runpy.run_module("modest_align_kernels", run_name="__main__")
 
 
 def _refuse_repeated_flags(args: Sequence[str]) -> None:

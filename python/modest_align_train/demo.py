@@ -15,15 +15,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
+from modest_align_train.adapters import load_aligner
+from modest_align_train.encoders import load_text_encoder
 from modest_align_train.evaluate import RECALL_AT, load_ranks, mean_recall, paired_difference, validation_score
 from modest_align_train.extract import extract
 from modest_align_train.figures import plot
 from modest_align_train.files import atomic_path, write_file, write_json
+from modest_align_train.latents import Latents
 from modest_align_train.report import Section, write_report
 from modest_align_train.runs import TrainedRun, load_run
-from modest_align_train.settings import Settings
+from modest_align_train.settings import ZERO_SHOT_TOP, Settings
 from modest_align_train.train import train
 from modest_align_train.tune import ProcessPool
+from modest_align_train.zero_shot import chance_accuracy, class_prototypes, class_ranks, encode_prompts, top_accuracy
 
 DATA = Path(__file__).parent / "demo_data"
 SMOOTHING = 0.1
@@ -117,18 +123,22 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
     runs = {kind: [next(trained) for _ in range(seeds)] for kind in KINDS}
 
     print("4/4  table and report")
+    test = latents.subset("test")
+    prompts = _concept_prompts(test)
     rows = [_row(kind, runs[kind], runs[_baseline(kind)]) for kind in KINDS]
+    rows = [{**row, **_zero_shot(runs[kind], test, prompts)} for row, kind in zip(rows, KINDS, strict=True)]
     table = _table(rows)
     markdown = _markdown(table)
     results = {
         "images": len(latents.records),
         "captions": len(latents.text),
-        "test_groups": len({record.group for record in latents.records if record.split == "test"}),
+        "test_groups": len(prompts),
         "seeds": seeds,
         "latent_noise_std": latent_noise_std,
         "smoothing": SMOOTHING,
         "sweep": sweep,
         "rows": rows,
+        "chance": chance_accuracy(len(prompts), ZERO_SHOT_TOP),
         "table": markdown,
         "effect": _effect(rows, latent_noise_std),
     }
@@ -138,7 +148,11 @@ def demo(output: Path | str, *, seeds: int = 1, quick: bool = False) -> Path:
         [runs[kind][0].path for kind in KINDS],
         output / "report.html",
         title="Modest-Align on drawings and their captions",
-        sections=[_method_section(seeds), _sweep_section(sweep, latent_noise_std)],
+        sections=[
+            _method_section(seeds),
+            _zero_shot_section(rows, table, len(prompts)),
+            _sweep_section(sweep, latent_noise_std),
+        ],
         table=table,
     )
     print(f"\n{markdown}\n\n{results['effect']}\n\n{report}, after {time.perf_counter() - started:.0f} s")
@@ -178,6 +192,22 @@ def _row(kind: Kind, runs: Sequence[TrainedRun], baseline: Sequence[TrainedRun])
         row[name] = {bound: fmean(c[name][bound] for c in calibration) for bound in ("value", "low", "high")}
     row["scale"] = fmean(run.evaluation["scale"] for run in runs)
     return row
+
+
+def _concept_prompts(test: Latents) -> Tensor:
+    """Latents of the test concepts' names, in the order of `test.group`."""
+    named = dict(zip(test.group.tolist(), (record.group for record in test.records), strict=True))
+    concepts = [named[number] for number in range(len(named))]
+    # As they stand: captions say what a drawing is without a sentence around it, too.
+    return encode_prompts(concepts, ("{}",), load_text_encoder(test.text_encoder))
+
+
+def _zero_shot(runs: Sequence[TrainedRun], test: Latents, prompts: Tensor) -> dict[str, dict[str, float]]:
+    """Accuracy of naming the test images' concepts, mean over the seeds."""
+    ranks = []
+    for aligner in (load_aligner(run.path) for run in runs):
+        ranks.append(class_ranks(aligner.embed_images(test.image), class_prototypes(aligner, prompts), test.group))
+    return top_accuracy(ranks, test.group, ZERO_SHOT_TOP)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -243,6 +273,20 @@ def _method_section(seeds: int) -> Section:
         "as they are."
     )
     return Section("What the rows are", text)
+
+
+def _zero_shot_section(rows: Sequence[dict[str, Any]], table: Sequence[Sequence[str]], concepts: int) -> Section:
+    """A table of accuracies whose first columns, which say what a row is, are those of the other one."""
+    chance = chance_accuracy(concepts, ZERO_SHOT_TOP)
+    cells = [[*(f"{name} %" for name in chance)], *([_cell(row[name]) for name in chance] for row in rows)]
+    shown = [[*first[:3], *found] for first, found in zip(table, cells, strict=True)]
+    text = (
+        f"Each test image is given the nearest of the names of all {concepts:,} test concepts, no image of which was "
+        "trained on. Right is its own concept alone, though other names may fit it too. The last row is what guessing "
+        "gives."
+    )
+    last = ["", "chance", "", *(f"{value:.2f}" for value in chance.values())]
+    return Section("Naming concepts that were not trained on", text, table=[*shown, last])
 
 
 def _sweep_section(sweep: Sequence[dict[str, float]], chosen: float) -> Section:

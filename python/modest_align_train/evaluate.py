@@ -342,9 +342,9 @@ def _mean_hits(
     both = [(hits(rank), first[group]) for rank, group in DIRECTIONS.values()]
 
     def statistics(weights: Tensor) -> Tensor:
-        return 50 * sum(_mean(values, group, weights) for values, group in both)
+        return 50 * sum(group_mean(values, group, weights) for values, group in both)
 
-    return _intervals(statistics, first["caption_group"], bootstrap)[0]
+    return intervals(statistics, first["caption_group"], bootstrap)[0]
 
 
 def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
@@ -352,11 +352,11 @@ def _retrieval(ranks: Ranks, bootstrap: int) -> dict[str, Any]:
         recall, median = [], []
         for rank, group in DIRECTIONS.values():
             hits = torch.stack([ranks[rank] <= k for k in RECALL_AT], dim=1).double()
-            recall.append(100 * _mean(hits, ranks[group], weights))
+            recall.append(100 * group_mean(hits, ranks[group], weights))
             median.append(_median(ranks[rank], ranks[group], weights))
         return torch.cat([recall[0], median[0], recall[1], median[1], (recall[0] + recall[1]) / 2], dim=1)
 
-    found = _intervals(statistics, ranks["caption_group"], bootstrap)
+    found = intervals(statistics, ranks["caption_group"], bootstrap)
     each = len(RECALLS) + 1
     result = {
         direction: dict(zip([*RECALLS, "median_rank"], found[i * each : (i + 1) * each], strict=True))
@@ -406,12 +406,12 @@ def _calibration(images: Tensor, texts: Tensor, scale: float, bootstrap: int) ->
             # The gap of each bin, weighted by its share of the queries.
             gap = torch.zeros(len(pairs), BINS, dtype=torch.float64)
             gap[pairs, bins[name]] = correct - confidence
-            ece = _mean(gap, pairs, weights).abs().sum(1, keepdim=True)
-            means = _mean(torch.stack([confidence, correct, nll], dim=1), pairs, weights)
+            ece = group_mean(gap, pairs, weights).abs().sum(1, keepdim=True)
+            means = group_mean(torch.stack([confidence, correct, nll], dim=1), pairs, weights)
             found.append(torch.cat([100 * ece, 100 * means[:, :2], means[:, 2:]], dim=1))
         return torch.cat([*found, (found[0] + found[1]) / 2], dim=1)
 
-    found = _intervals(statistics, pairs, bootstrap, unbias=True)
+    found = intervals(statistics, pairs, bootstrap, unbias=True)
     names = ("ece", "confidence", "accuracy", "nll")
     result: dict[str, Any] = {"pairs": len(pairs)}
     for i, name in enumerate((*directions, "mean")):
@@ -433,7 +433,7 @@ def _bin(confidence: Tensor) -> Tensor:
     return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
 
 
-def _mean(values: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+def group_mean(values: Tensor, group: Tensor, weights: Tensor) -> Tensor:
     """Means of values fp64 [n, m] for each row of the groups' weights fp64 [r, groups]: [r, m]."""
     groups = weights.shape[1]
     sums = torch.zeros(groups, values.shape[1], dtype=torch.float64).index_add_(0, group, values)
@@ -449,7 +449,7 @@ def _median(ranks: Tensor, group: Tensor, weights: Tensor) -> Tensor:
     return ordered[place].double()
 
 
-def _intervals(
+def intervals(
     statistics: Callable[[Tensor], Tensor], group: Tensor, replicates: int, *, unbias: bool = False
 ) -> list[dict[str, float]]:
     """Value and 95% interval of each statistic by a bootstrap over groups.

@@ -45,11 +45,10 @@ from modest_align_train.latents import (
     write_shard,
 )
 from modest_align_train.pictures import UnreadableError
-from modest_align_train.skips import Skipped, count_reasons
+from modest_align_train.skips import Skipped, SkipReport, count_reasons
 from modest_align_train.sources import Source, find_files, fingerprint, read_source
 from modest_align_train.workers import ALONE, Workers
 
-_PRINTED_A_REASON = 3
 _SECONDS_UNSAVED = 30
 
 T = TypeVar("T")
@@ -175,7 +174,7 @@ def extract(
     if going_on:
         say(f"going on after an interruption: {done:,} images are there, in {len(shards)} whole shards")
 
-    report = _SkipReport(say)
+    report = SkipReport(say, MANIFEST)
     report.add(contents.skipped)
     report.add([Skipped(**one) for shard in shards for one in shard["skipped"] + shard["faulty"]])
     todo = contents.records[done:]
@@ -335,23 +334,13 @@ def _encode_images(
     unfinished: _Unfinished,
 ) -> tuple[Tensor, list[Record], list[Skipped]]:
     """Encode the images that can be read: latents [kept, Di], their records, and why not the others."""
-
-    def encode(batch: Sequence[Record]) -> tuple[Tensor, list[dict[str, str] | None]]:
-        decoded = [_decode(record, encoder) for record in batch]
-        pixels = [one for one in decoded if isinstance(one, Tensor)]
-        return (
-            encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim),
-            [asdict(one) if isinstance(one, Skipped) else None for one in decoded],
-        )
-
     progress(len(unfinished.unread))
-    with _threads(encoder.device) as threads:
-        batches = in_batches(records[len(unfinished.unread) :], batch_size or encoder.batch_size)
-        for latents, unread in _map_in_order(encode, batches, threads):
-            unfinished.image.append(latents)
-            unfinished.unread += unread
-            unfinished.save()
-            progress(len(unread))
+    locations = [record.location for record in records[len(unfinished.unread) :]]
+    for latents, unread in image_batches(locations, encoder, batch_size):
+        unfinished.image.append(latents)
+        unfinished.unread += [asdict(one) if one else None for one in unread]
+        unfinished.save()
+        progress(len(unread))
     return (
         torch.cat(unfinished.image),
         [record for record, unread in zip(records, unfinished.unread, strict=True) if unread is None],
@@ -367,12 +356,11 @@ def _encode_captions(
     by_length = sorted(counts, key=len)
     done = sum(map(len, unfinished.text))
     progress(sum(counts[caption] for caption in by_length[:done]))
-    with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
-        batches = list(in_batches(by_length[done:], encoder.batch_size))
-        for batch, latents in zip(batches, _map_in_order(encoder, batches, threads), strict=True):
-            unfinished.text.append(latents)
-            unfinished.save()
-            progress(sum(counts[caption] for caption in batch))
+    batches = in_batches(by_length[done:], encoder.batch_size)
+    for batch, latents in zip(batches, text_batches(by_length[done:], encoder), strict=True):
+        unfinished.text.append(latents)
+        unfinished.save()
+        progress(sum(counts[caption] for caption in batch))
     row = {caption: number for number, caption in enumerate(by_length)}
     return torch.cat(unfinished.text)[torch.tensor([row[caption] for caption in captions], dtype=torch.int64)]
 
@@ -383,6 +371,37 @@ def _faulty_captions(records: Sequence[Record], encoder: TextEncoder) -> list[Sk
     captions = list(dict.fromkeys(caption for caption, _ in places))
     fault = dict(zip(captions, encoder.faults(captions), strict=True))
     return [Skipped(location, fault[caption]) for caption, location in places if fault[caption]]
+
+
+def image_batches(
+    locations: Sequence[str], encoder: ImageEncoder, batch_size: int | None = None
+) -> Iterator[tuple[Tensor, list[Skipped | None]]]:
+    """Open and encode images, batch by batch and in order.
+
+    Args:
+        locations: As in `Record`.
+        encoder: Of images.
+        batch_size: Images a batch; the encoder's own if None.
+
+    Yields:
+        Latents of those of a batch that can be read, float32 [k, Di], and for each of the batch None, or why it
+        cannot.
+    """
+
+    def encode(batch: Sequence[str]) -> tuple[Tensor, list[Skipped | None]]:
+        decoded = [_decode(location, encoder) for location in batch]
+        pixels = [one for one in decoded if isinstance(one, Tensor)]
+        latents = encoder.encode(pixels) if pixels else torch.empty(0, encoder.dim)
+        return latents, [one if isinstance(one, Skipped) else None for one in decoded]
+
+    with _threads(encoder.device) as threads:
+        yield from _map_in_order(encode, in_batches(locations, batch_size or encoder.batch_size), threads)
+
+
+def text_batches(texts: Sequence[str], encoder: TextEncoder) -> Iterator[Tensor]:
+    """Encode texts, of which those of like length belong together: in order, float32 [k, Dt] a batch."""
+    with _threads(encoder.device) if encoder.concurrent else nullcontext(1) as threads:
+        yield from _map_in_order(encoder, in_batches(texts, encoder.batch_size), threads)
 
 
 @contextmanager
@@ -418,33 +437,13 @@ def _map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode(record: Record, encoder: ImageEncoder) -> Tensor | Skipped:
+def _decode(location: str, encoder: ImageEncoder) -> Tensor | Skipped:
     try:
-        image = open_image(record.location)
+        image = open_image(location)
     except FileNotFoundError:
-        return Skipped(record.location, "no such file")
+        return Skipped(location, "no such file")
     except UnreadableError as error:
-        return Skipped(record.location, error.reason, error.detail)
+        return Skipped(location, error.reason, error.detail)
     except OSError as error:
-        return Skipped(record.location, "the file cannot be read", error.strerror or str(error))
+        return Skipped(location, "the file cannot be read", error.strerror or str(error))
     return encoder.preprocess(image)
-
-
-class _SkipReport:
-    """Say what was left out: the first of each reason with its place, and at the end a table of all."""
-
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self.say = say
-        self.counts: Counter[str] = Counter()
-
-    def add(self, skipped: Sequence[Skipped]) -> None:
-        for one in skipped:
-            if self.counts[one.reason] < _PRINTED_A_REASON:
-                self.say(f"note: {one}")
-            self.counts[one.reason] += 1
-
-    def close(self) -> None:
-        if self.counts:
-            width = len(f"{self.counts.total():,}")
-            lines = [f"{count:>{width},}  {reason}" for reason, count in self.counts.most_common()]
-            self.say("\n".join([f"left out or mended, all listed in {MANIFEST}:", *lines]))

@@ -30,11 +30,13 @@ class Section:
         title: Its heading.
         text: A paragraph above the figure; escaped unless it is `markupsafe.Markup`.
         figure: A matplotlib figure, best made by `plot`.
+        table: Rows of texts below the text, the first one the header.
     """
 
     title: str
     text: str = ""
     figure: Figure | None = None
+    table: Sequence[Sequence[str]] = ()
 
 
 def write_report(
@@ -110,7 +112,9 @@ def write_report(
         curves=[to_svg(axes.figure, f"curve {i}") for i, axes in enumerate(curves(loaded))],
         losses_differ=len({(run.settings.smoothing, run.settings.batch_size) for run in loaded}) > 1,
         reliability=[to_svg(reliability_figure(run), f"reliability {run.name}") for run in loaded],
-        sections=[(s.title, s.text, s.figure and to_svg(s.figure, f"section {i}")) for i, s in enumerate(sections)],
+        sections=[
+            (s.title, s.text, s.table, s.figure and to_svg(s.figure, f"section {i}")) for i, s in enumerate(sections)
+        ],
         examples=examples,
         thumbnail=thumbnail,
         no_examples=no_examples,

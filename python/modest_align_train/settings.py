@@ -23,6 +23,9 @@ RENAMED = {"noise_std": "latent_noise_std"}
 TUNE_NOISE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
 TUNE_SMOOTHING = (0.0, 0.1)
 TUNE_SEEDS = 3
+# What `zero_shot` asks for; CLIP's template (Radford et al., 2021).
+ZERO_SHOT_TEMPLATE = ("a photo of a {}.",)
+ZERO_SHOT_TOP = (1, 5)
 
 _Path = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
 _Count = Annotated[int, Field(ge=1)]

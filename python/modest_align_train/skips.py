@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+_PRINTED_A_REASON = 3
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,30 @@ class Skipped:
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
     """Count reasons, the most frequent first."""
     return dict(Counter(reasons).most_common())
+
+
+class SkipReport:
+    """Say what was left out: the first of each reason with its place, and at the end a table of all.
+
+    Args:
+        say: Prints a line.
+        listed_in: Name of the file that lists every one.
+    """
+
+    def __init__(self, say: Callable[[str], object], listed_in: str) -> None:
+        self.say, self.listed_in = say, listed_in
+        self.counts: Counter[str] = Counter()
+
+    def add(self, skipped: Sequence[Skipped]) -> None:
+        """Take note of some, and say the first of their reasons."""
+        for one in skipped:
+            if self.counts[one.reason] < _PRINTED_A_REASON:
+                self.say(f"note: {one}")
+            self.counts[one.reason] += 1
+
+    def close(self) -> None:
+        """Say how many there are of each reason, if there are any."""
+        if self.counts:
+            width = len(f"{self.counts.total():,}")
+            lines = [f"{count:>{width},}  {reason}" for reason, count in self.counts.most_common()]
+            self.say("\n".join([f"left out or mended, all listed in {self.listed_in}:", *lines]))

@@ -39,7 +39,7 @@ SPLIT_COLUMNS = ("split", "subset", "partition")
 GROUP_COLUMNS = ("group", "group_id", "concept")
 
 _MENDED = "a caption that was no Unicode text, mended"
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "restval": "train",  # Karpathy's COCO: the part of the official validation images that is trained on
@@ -288,13 +288,13 @@ def _split_in_names(path: Path, key: str) -> str | None:
     found = None
     for name in (*names, *PurePosixPath(key).parts[:-1]):
         match = _SPLIT_IN_NAME.fullmatch(name.lower())
-        found = _SPLIT_NAMES[match[1]] if match else found
+        found = SPLIT_NAMES[match[1]] if match else found
     return found
 
 
 def _split_name(name: str, origin: str) -> str:
     try:
-        return _SPLIT_NAMES[name.strip().lower()]
+        return SPLIT_NAMES[name.strip().lower()]
     except KeyError:
         given = shorten(name, 30, placeholder="...")
         raise ValueError(f"split must be train, validation or test, got {given!r} ({origin})") from None

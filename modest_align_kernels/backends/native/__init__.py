@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from modest_align_kernels.backends import (
@@ -18,9 +20,11 @@ from modest_align_kernels.backends import (
 try:
     from modest_align_kernels import _C
 except ImportError as error:
+    # Of a module that is not there, Python would suspect a circular import.
     _MISSING: str | None = (
-        f"the compiled kernels are not there ({error}): install again with a C++17 compiler and without "
-        "MODEST_ALIGN_NATIVE=0"
+        f"the compiled kernels do not load ({error}): install again"
+        if find_spec("modest_align_kernels._C")
+        else "the compiled kernels are not there: install again with a C++17 compiler and without MODEST_ALIGN_NATIVE=0"
     )
 else:
     _MISSING = None
@@ -88,6 +92,15 @@ def exponentials_shape(rows: int, columns: int, dtype: torch.dtype, device_type:
     stride = round_up(columns, 32) + 64 // dtype.itemsize
     first = round_up(max(rows - WORKSPACE_BYTES // max(columns * dtype.itemsize, 1), 0), 24)
     return max(rows - first, 0), stride
+
+
+def description() -> str:
+    """What was compiled: the instruction sets that run here, and the CUDA part."""
+    if _MISSING is not None:
+        return "none"
+    chosen, levels = _C.cpu_level(), ", ".join(_C.cpu_levels())
+    cuda = f"built {f'with {_C.experiment}' if _C.experiment else ''}".strip() if _C.cuda else "not built"
+    return f"instruction set {chosen} (of {levels}); CUDA part {cuda}"
 
 
 BACKEND = Backend(
