@@ -32,6 +32,11 @@ def animals(tmp_path):
     return load_latents(write_store(tmp_path / "animals", [(torch.eye(5), torch.eye(texts), records)]))
 
 
+def table(pairs, rows, columns):
+    """1 where the row's answer is right, of (rows, answers)."""
+    return torch.zeros(rows, columns, dtype=torch.int64).index_put(pairs, torch.tensor(1), accumulate=True).tolist()
+
+
 def test_the_captions_of_a_group_and_equal_ones_are_right(animals):
     answers = Answers(animals)
     # Captions: dog 1's "a dog" and "an animal", dog 2's "a hound", the cat's two, the wolf's "A  dog", "a fish".
@@ -42,11 +47,12 @@ def test_the_captions_of_a_group_and_equal_ones_are_right(animals):
         [1, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 0, 1],
     ]
-    assert answers.captions(torch.arange(5)).int().tolist() == wanted
-    assert answers.images(torch.arange(7)).T.int().tolist() == wanted
-    assert answers.captions(torch.tensor([4, 2])).int().tolist() == [wanted[4], wanted[2]]
+    assert table(answers.captions(torch.arange(5)), 5, 7) == wanted
+    assert table(answers.images(torch.arange(7)), 7, 5) == torch.tensor(wanted).T.tolist()
+    assert table(answers.captions(torch.tensor([4, 2])), 2, 7) == [wanted[4], wanted[2]]
+    assert [count.tolist() for count in answers.counts()] == [[5, 5, 3, 2, 1], [3, 3, 2, 1, 3, 3, 1]]
     part = replace(animals, group=torch.arange(5))
-    assert Answers(part).images(torch.tensor([2])).tolist() == [[False, True, False, False, False]]
+    assert table(Answers(part).images(torch.tensor([2])), 1, 5) == [[0, 1, 0, 0, 0]]
 
 
 def test_a_candidate_with_an_equal_caption_is_no_miss(animals):
@@ -63,7 +69,8 @@ def test_pairs_of_calibration_have_one_right_answer_each(animals):
     image, caption = answers.one_to_one(animals)
     # The wolf's only caption is right for dog 1, which was chosen before.
     assert (image.tolist(), caption.tolist()) == ([0, 2, 4], [0, 3, 6])
-    assert torch.equal(answers.captions(image)[:, caption], torch.eye(3, dtype=torch.bool))
+    right = torch.tensor(table(answers.captions(image), 3, 7))
+    assert torch.equal(right[:, caption], torch.eye(3, dtype=torch.int64))
     all_equal = replace(animals, caption_text=torch.zeros(7, dtype=torch.int64))
     assert [rows.tolist() for rows in Answers(all_equal).one_to_one(all_equal)] == [[0], [0]]
 

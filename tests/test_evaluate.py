@@ -36,7 +36,8 @@ def ranks_of(similarity, query_group, candidate_group):
 
 
 def of_one_group(query_group, candidate_group):
-    return lambda rows: torch.as_tensor(query_group)[rows][:, None] == torch.as_tensor(candidate_group)
+    right = torch.as_tensor(query_group)[:, None] == torch.as_tensor(candidate_group)
+    return lambda rows: right[rows].nonzero(as_tuple=True)
 
 
 def test_one_caption_an_image():

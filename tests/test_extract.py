@@ -385,6 +385,36 @@ def test_no_image_at_all(tmp_path, counters):
     check(extract(table, tmp_path / "latents", progress=False), range(3))
 
 
+def test_float16_by_choice(tmp_path, counters, monkeypatch):
+    table = write_pairs(tmp_path, 9)
+    wanted = extract(table, tmp_path / "float32", progress=False)
+    counters.interrupt_after = 6 + counters.images
+    with pytest.raises(KeyboardInterrupt):
+        extract(table, tmp_path / "latents", dtype="float16", shard_size=4, progress=False)
+    counters.interrupt_after = None
+    with pytest.raises(ValueError, match="holds latents of dtype float16, now float32: choose another folder"):
+        extract(table, tmp_path / "latents", progress=False)
+    latents = extract(table, tmp_path / "latents", dtype="float16", shard_size=4, progress=False)
+    with safe_open(tmp_path / "latents" / "shard-00000.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in ("image", "text")} == {torch.float16}
+    assert torch.equal(latents.image, wanted.image.half().float())
+    assert torch.equal(latents.text, wanted.text.half().float())
+    monkeypatch.setattr(module, "_encode_captions", lambda records, *_: (torch.full((len(records), 2), 7e4), []))
+    with pytest.raises(ValueError, match=r"dtype float16 holds numbers up to 65,504, but a latent is larger: take fl"):
+        extract(table, tmp_path / "large", dtype="float16", progress=False)
+
+
+def test_latents_of_before_there_was_a_dtype_are_float32(tmp_path, counters, capsys):
+    table = write_pairs(tmp_path, 3)
+    extract(table, tmp_path / "latents", progress=False)
+    path = tmp_path / "latents" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["dtype"]
+    path.write_text(json.dumps(manifest))
+    extract(table, tmp_path / "latents")
+    assert "holds the latents of this source and these encoders already" in capsys.readouterr().out
+
+
 def test_bad_arguments(tmp_path, counters):
     table = write_pairs(tmp_path, 1)
     for name in ("batch_size", "shard_size"):

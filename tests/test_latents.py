@@ -8,16 +8,19 @@ import torch
 from PIL import Image
 from train_data import write_store, write_tar
 
+from modest_align_train import latents as module
 from modest_align_train.files import atomic_path, write_json
 from modest_align_train.latents import (
     MANIFEST,
     PARTIAL_MANIFEST,
+    SPLITS,
     Latents,
     Record,
     load_latents,
     open_image,
     tar_index,
 )
+from modest_align_train.rows import Rows
 
 
 def record(key, split="train", group=None, captions=("a caption",)):
@@ -68,6 +71,43 @@ def test_subset_keeps_each_caption_with_its_image(stored):
     assert train.caption_image.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(train.text, latents.text[[0, 1, 4, 5, 6]])
     assert isinstance(train.to("cpu"), Latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_stays_on_disk_is_what_would_be_in_memory(tmp_path, monkeypatch, dtype):
+    shards = [[record(f"{shard} {row}", SPLITS[(row + shard) % 3]) for row in range(30)] for shard in range(3)]
+    images, texts = ([torch.randn(30, n).to(dtype) for _ in shards] for n in (5, 3))
+    write_store(tmp_path, zip(images, texts, shards, strict=True))
+    in_memory = load_latents(tmp_path)
+    assert in_memory.image.dtype == torch.float32
+    assert torch.equal(in_memory.image, torch.cat(images).float())
+    monkeypatch.setattr(module, "IN_MEMORY", 4 * 90 * (5 + 3) - 1)
+    on_disk = load_latents(tmp_path)
+    for latents, other in ((in_memory, on_disk), *((in_memory.subset(s), on_disk.subset(s)) for s in SPLITS)):
+        for wanted, rows in ((latents.image, other.image), (latents.text, other.text)):
+            assert isinstance(rows, Rows)
+            assert (len(rows), rows.shape) == (len(wanted), wanted.shape)
+            order = torch.randperm(len(rows)).repeat(2)
+            assert torch.equal(rows[order].to("cpu"), wanted[order])
+            assert torch.equal(rows[5:8].to("cpu"), wanted[5:8])
+            assert torch.equal(torch.cat([part.to("cpu") for part in rows.split(7)]), wanted)
+            assert rows[:0].to("cpu").shape == (0, wanted.shape[1])
+        assert other.to("cpu").records == latents.records
+        assert torch.equal(other.caption_image, latents.caption_image)
+    assert on_disk.subset("test").image.files is on_disk.image.files
+
+
+def test_a_shard_that_is_cut_while_it_is_in_use(stored, monkeypatch):
+    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    latents = load_latents(stored[0])
+    path = stored[0] / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged: it was cut while it was in use"):
+        latents.text.to("cpu")
+    path.unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        latents.text.to("cpu")
+    assert error.value.filename == str(path)
 
 
 def test_subset_says_which_splits_there_are(tmp_path):

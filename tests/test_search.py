@@ -87,12 +87,18 @@ def test_image_finds_its_caption_and_equal_captions_are_listed_once(run):
 
 
 def test_nearest_captions_look_past_many_equal_ones():
-    texts = torch.zeros(100, 2)
-    texts[:, 0] = 1
-    texts[-1] = torch.tensor([0.0, 1.0])
-    _, rows = nearest_captions(torch.tensor([1.0, 0.0]), texts, ["same"] * 99 + ["other"], 2)
+    scores = torch.ones(100)
+    scores[-1] = 0
+    _, rows = nearest_captions(scores, ["same"] * 99 + ["other"], 2)
     assert rows[1] == 99
     assert len(rows) == 2
+
+
+def test_latents_on_disk_are_searched_too(run, monkeypatch):
+    wanted = search(run, "blue square 2", split="train")
+    monkeypatch.setattr("modest_align_train.latents.IN_MEMORY", 0)
+    monkeypatch.setattr("modest_align_train.search.CHUNK", 2)
+    assert [hit.key for hit in search(run, "blue square 2", split="train")] == [hit.key for hit in wanted]
 
 
 def test_split_and_top_bound_what_is_found(run):

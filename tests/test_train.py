@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_data import IMAGE_DIM, TEXT_DIM, forget_latents, small_settings, write_latents
 
+import modest_align_train.latents as latents_module
 import modest_align_train.train as module
 from modest_align_train.adapters import Aligner, load_aligner
 from modest_align_train.evaluate import evaluate
@@ -294,6 +295,18 @@ def test_the_test_split_is_never_touched(tmp_path, monkeypatch):
     assert_same_run(with_test, train(small_settings(tmp_path, output=tmp_path / "poisoned"), progress=False))
 
 
+def test_latents_on_disk_give_the_same_run(tmp_path, monkeypatch):
+    in_memory = train(small_settings(tmp_path, shuffled_captions=0.3), progress=False)
+    monkeypatch.setattr(latents_module, "IN_MEMORY", 0)
+    settings = small_settings(tmp_path, shuffled_captions=0.3, output=tmp_path / "streamed")
+    change_step(monkeypatch, 15, lambda aligner, loss: os.kill(os.getpid(), signal.SIGINT) or loss)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 15"):
+        train(settings, progress=False)
+    assert_same_run(in_memory, train(settings, progress=False))
+    found, wanted = (evaluate(run, bootstrap=5) for run in (settings.output, in_memory))
+    assert {**found, "checkpoint": ""} == {**wanted, "checkpoint": ""}
+
+
 def test_the_learned_scale_stays_below_its_maximum(tmp_path):
     settings = small_settings(tmp_path, learning_rate=0.1, scale=14.0, max_scale=14.5, smoothing=0.0)
     scales = [line["scale"] for line in read_log(train(settings, progress=False)) if "scale" in line]
@@ -409,7 +422,7 @@ def test_embeddings_are_unit_and_the_same_in_chunks(tmp_path, monkeypatch):
     assert embedded.shape == (10, 16)
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(10))
     torch.testing.assert_close(aligner.embed_images(5 * latents), embedded)
-    monkeypatch.setattr("modest_align_train.adapters._CHUNK", 3)
+    monkeypatch.setattr("modest_align_train.adapters.CHUNK", 3)
     torch.testing.assert_close(aligner.embed_images(latents), embedded)
     with pytest.raises(ValueError, match="image latents must have 24 features, got 16"):
         aligner.embed_images(torch.randn(3, TEXT_DIM))

@@ -16,10 +16,11 @@ from torch.nn.functional import dropout, gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
+from modest_align_train.rows import Rows
 from modest_align_train.settings import Settings, run_settings
 
-# Rows embedded at once outside of training.
-_CHUNK = 8192
+# Rows that are read, sent to a device and embedded at once, outside of training.
+CHUNK = 8192
 
 
 class Dropout(nn.Dropout):
@@ -114,8 +115,8 @@ class Aligner(nn.Module):
             if isinstance(module, Dropout):
                 module.share = rows, own
 
-    def embed_images(self, latents: Tensor) -> Tensor:
-        """Embed image latents as the encoder gave them, [n, image_dim] on any device.
+    def embed_images(self, latents: Tensor | Rows) -> Tensor:
+        """Embed image latents as the encoder gave them, [n, image_dim] on any device or on disk.
 
         Returns:
             L2-normalised embeddings, fp32 [n, embedding_dim], on the aligner's device, without gradient and
@@ -126,7 +127,7 @@ class Aligner(nn.Module):
         """
         return self._embed("image", self.image_adapter, latents)
 
-    def embed_texts(self, latents: Tensor) -> Tensor:
+    def embed_texts(self, latents: Tensor | Rows) -> Tensor:
         """Embed text latents [n, text_dim]; see `embed_images`."""
         return self._embed("text", self.text_adapter, latents)
 
@@ -136,13 +137,13 @@ class Aligner(nn.Module):
         return torch.as_tensor(self.loss.logit_scale)
 
     @torch.no_grad()
-    def _embed(self, name: str, adapter: Adapter, latents: Tensor) -> Tensor:
+    def _embed(self, name: str, adapter: Adapter, latents: Tensor | Rows) -> Tensor:
         if latents.shape[-1] != adapter.features:
             raise ValueError(f"{name} latents must have {adapter.features} features, got {latents.shape[-1]}")
         was_training = adapter.training
         adapter.eval()
         device = next(adapter.parameters()).device
-        chunks = latents.split(_CHUNK)
+        chunks = latents.split(CHUNK)
         embedded = [normalize(adapter(normalize(c.to(device).float(), dim=-1)), dim=-1) for c in chunks]
         adapter.train(was_training)
         return torch.cat(embedded)

@@ -31,17 +31,31 @@ class Answers:
     def __init__(self, latents: Latents) -> None:
         self.group, self.text = latents.group, latents.caption_text
         groups, texts = int(self.group.max()) + 1, int(self.text.max()) + 1
-        pairs = torch.stack([self.group[latents.caption_image], self.text]).unique(dim=1)
-        self._texts = _Lists(pairs[0], pairs[1], groups, texts)
-        self._groups = _Lists(pairs[1], pairs[0], texts, groups)
+        pairs = (self.group[latents.caption_image] * texts + self.text).unique()
+        group, text = pairs // texts, pairs % texts
+        self._texts_of_group = _Lists(group, text, groups)
+        self._groups_of_text = _Lists(text, group, texts)
+        self._captions_of_text = _Lists.of_labels(self.text)
+        self._images_of_group = _Lists.of_labels(self.group)
 
-    def captions(self, images: Tensor) -> Tensor:
-        """Tell the right captions of images by their rows: int64 [n] -> bool [n, captions]."""
-        return self._texts.mask(self.group[images])[:, self.text]
+    def captions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell the right captions of images by their rows, int64 [n].
 
-    def images(self, captions: Tensor) -> Tensor:
-        """Tell the right images of captions by their rows: int64 [n] -> bool [n, images]."""
-        return self._groups.mask(self.text[captions])[:, self.group]
+        Returns:
+            Each pair's position in ``images`` and its caption, int64 [pairs] each.
+        """
+        return self._texts_of_group.then(self._captions_of_text, self.group[images])
+
+    def images(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell the right images of captions by their rows; see `captions`."""
+        return self._groups_of_text.then(self._images_of_group, self.text[captions])
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Count the right captions of each image, int64 [images], and the right images of each caption [captions]."""
+        return (
+            self._texts_of_group.sums(self._captions_of_text.count)[self.group],
+            self._groups_of_text.sums(self._images_of_group.count)[self.text],
+        )
 
     def one_to_one(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Choose pairs of which each image has one right caption and each caption one right image.
@@ -59,7 +73,7 @@ class Answers:
         taken: set[int] = set()  # texts that are right for an image chosen
         chosen: set[int] = set()  # texts chosen
         pairs = []
-        for texts, image in zip(self._texts.split(), first_image, strict=True):
+        for texts, image in zip(self._texts_of_group.split(), first_image, strict=True):
             captions = range(first_caption[image], first_caption[image] + counts[image])
             caption = next((row for row in captions if text[row] not in taken), None)
             if caption is not None and chosen.isdisjoint(texts):
@@ -71,22 +85,35 @@ class Answers:
 
 
 class _Lists:
-    """A list of values from 0 to ``values`` - 1 for each key from 0 to ``keys`` - 1, of pairs (key, value)."""
+    """A list of values for each key from 0 to ``keys`` - 1, of pairs (key, value)."""
 
-    def __init__(self, key: Tensor, value: Tensor, keys: int, values: int) -> None:
-        self.value = value[key.argsort(stable=True)]
+    def __init__(self, key: Tensor, value: Tensor, keys: int) -> None:
+        order = key.argsort(stable=True)
+        self.key, self.value = key[order], value[order]
         self.count = key.bincount(minlength=keys)
         self.first = self.count.cumsum(0) - self.count
-        self.values = values
 
-    def mask(self, keys: Tensor) -> Tensor:
-        """Tell the values of each of int64 [n] keys: bool [n, values]."""
+    @classmethod
+    def of_labels(cls, label: Tensor) -> _Lists:
+        """The positions of each label."""
+        return cls(label, torch.arange(len(label), device=label.device), int(label.max()) + 1)
+
+    def of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of int64 [n] keys: of each its key's position in ``keys``, and itself, int64 [values] each."""
         count = self.count[keys]
-        row = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
-        place = torch.arange(len(row), device=keys.device) + (self.first[keys] - count.cumsum(0) + count)[row]
-        mask = torch.zeros(len(keys), self.values, dtype=torch.bool, device=keys.device)
-        mask[row, self.value[place]] = True
-        return mask
+        position = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
+        place = torch.arange(len(position), device=keys.device) + (self.first[keys] - count.cumsum(0) + count)[position]
+        return position, self.value[place]
+
+    def then(self, other: _Lists, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Values that another has for the values of keys; see `of`."""
+        position, between = self.of(keys)
+        place, values = other.of(between)
+        return position[place], values
+
+    def sums(self, number: Tensor) -> Tensor:
+        """Sum of the values' numbers, int64 [keys]."""
+        return torch.zeros_like(self.count).index_add_(0, self.key, number[self.value])
 
     def split(self) -> list[list[int]]:
         return [values.tolist() for values in self.value.split(self.count.tolist())]

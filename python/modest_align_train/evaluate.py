@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from modest_align_train.adapters import Aligner, Checkpoint, load_checkpoint
 from modest_align_train.answers import Answers
@@ -148,7 +150,10 @@ def embed(aligner: Aligner, latents: Latents, workers: Workers = ALONE) -> tuple
 
 
 def best_ranks(
-    queries: Tensor, candidates: Tensor, answers: Callable[[Tensor], Tensor], workers: Workers = ALONE
+    queries: Tensor,
+    candidates: Tensor,
+    answers: Callable[[Tensor], tuple[Tensor, Tensor]],
+    workers: Workers = ALONE,
 ) -> Tensor:
     """Rank of the most similar right candidate of each query; 1 is the best.
 
@@ -158,23 +163,32 @@ def best_ranks(
     Args:
         queries: [n, D].
         candidates: [m, D].
-        answers: Tells the right candidates of some queries by their rows, int64 [k] -> bool [k, m].
+        answers: Tells the right candidates of some queries by their rows, as `Answers.captions` does.
         workers: Each of them ranks its share of the queries.
 
     Returns:
         int64 [n].
     """
     found = [torch.empty(0, dtype=torch.int64, device=queries.device)]
-    rows = max(1, _SIMILARITIES // len(candidates))
     own = workers.share(len(queries))
-    for row in torch.arange(own.start, own.stop).split(rows):
-        chunk = queries[row]
-        similarity = chunk @ candidates.T
-        right = answers(row.to(queries.device))
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        # Not >=, which would rank a NaN first.
-        found.append(1 + ((similarity < best).logical_not_() & ~right).sum(1))
+    for row in _chunks(own.stop - own.start, len(candidates), "ranks", workers):
+        row = row.to(queries.device) + own.start
+        similarity = queries[row] @ candidates.T
+        position, right = answers(row)
+        of_right = similarity[position, right]
+        best = of_right.new_full((len(row),), -torch.inf).scatter_reduce(0, position, of_right, "amax")
+        # Not those that are >=: NaN would rank first.
+        ahead = len(candidates) - (similarity < best[:, None]).sum(1)
+        found.append(1 + ahead.index_add(0, position, (of_right < best[position]).long() - 1))
     return workers.join(torch.cat(found))
+
+
+def _chunks(queries: int, candidates: int, what: str, workers: Workers = ALONE) -> Iterable[Tensor]:
+    """Rows of queries whose similarities to all candidates are held at once; the bar shows up where it takes long."""
+    rows = torch.arange(queries).split(max(1, _SIMILARITIES // candidates))
+    # No bar of one of several processes, which would write over each other's.
+    alone = workers.writes and multiprocessing.parent_process() is None
+    return tqdm(rows, what, leave=False, delay=5, disable=not alone)
 
 
 def retrieval_ranks(images: Tensor, texts: Tensor, latents: Latents, workers: Workers = ALONE) -> dict[str, Tensor]:
@@ -213,12 +227,9 @@ def chance(latents: Latents) -> dict[str, float]:
     Args:
         latents: Of one split.
     """
-    answers, images, captions = Answers(latents), len(latents.image), len(latents.text)
     found = dict.fromkeys(RECALLS, 0.0)
-    for queries, candidates, of in ((images, captions, answers.captions), (captions, images, answers.images)):
-        rows = torch.arange(queries, device=latents.group.device).split(max(1, _SIMILARITIES // candidates))
-        right = torch.cat([of(some).sum(1) for some in rows]).double()
-        missed = torch.ones_like(right)
+    for right, candidates in zip(Answers(latents).counts(), (len(latents.text), len(latents.image)), strict=True):
+        missed = torch.ones(len(right), dtype=torch.float64)
         for k in range(1, max(RECALL_AT) + 1):
             # The k-th of the order is wrong as well; a query finds all once no wrong ones are left.
             missed = missed * (candidates - right - k + 1).clamp_min(0) / max(candidates - k + 1, 1)
@@ -372,13 +383,12 @@ def calibrate(queries: Tensor, candidates: Tensor, scale: float) -> tuple[Tensor
         the log of the right candidate's probability.
     """
     found = []
-    rows = max(1, _SIMILARITIES // len(candidates))
-    right = torch.arange(len(queries), device=queries.device)
-    for chunk, target in zip(queries.split(rows), right.split(rows), strict=True):
-        log_probability = (scale * (chunk @ candidates.T)).log_softmax(1)
+    for row in _chunks(len(queries), len(candidates), "calibration"):
+        row = row.to(queries.device)
+        log_probability = (scale * (queries[row] @ candidates.T)).log_softmax(1)
         best, place = log_probability.max(1)
-        nll = -log_probability.gather(1, target[:, None])[:, 0]
-        found.append(torch.stack([best.exp(), place == target, nll]).double().cpu())
+        nll = -log_probability.gather(1, row[:, None])[:, 0]
+        found.append(torch.stack([best.exp(), place == row, nll]).double().cpu())
     return tuple(torch.cat(found, dim=1))
 
 

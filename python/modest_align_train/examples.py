@@ -44,34 +44,33 @@ def find_examples(run: Path, latents: Latents) -> dict[str, dict[str, list[dict[
 
     def from_text(row: int) -> dict[str, Any]:
         caption = first_caption[row : row + 1]
-        query, right = texts[caption[0]], answers.images(caption)[0]
-        scores, found = nearest_images(query, images, FOUND_IMAGES)
-        answer = int((images @ query).masked_fill(~right, -torch.inf).argmax())
+        query, (position, right) = texts[caption[0]], answers.images(caption)
+        scores = images @ query
+        answer = int(right[scores[right].argmax()])
         return {
             "query": captions[caption[0]],
-            "rank": int(best_ranks(query[None], images, lambda _: right[None])),
+            "rank": int(best_ranks(query[None], images, lambda _: (position, right))),
             "answer": latents.records[answer].location,
             "found": [
                 {
                     "location": latents.records[image].location,
                     "caption": " · ".join(latents.records[image].captions),
                     "score": score,
-                    "right": bool(right[image]),
+                    "right": image in right,
                 }
-                for score, image in zip(scores, found, strict=True)
+                for score, image in zip(*nearest_images(scores, FOUND_IMAGES), strict=True)
             ],
         }
 
     def from_image(row: int) -> dict[str, Any]:
-        query, right = images[row], answers.captions(torch.tensor([row]))[0]
-        scores, found = nearest_captions(query, texts, captions, FOUND_CAPTIONS)
+        query, (position, right) = images[row], answers.captions(torch.tensor([row]))
         return {
             "query": latents.records[row].location,
-            "rank": int(best_ranks(query[None], texts, lambda _: right[None])),
+            "rank": int(best_ranks(query[None], texts, lambda _: (position, right))),
             "answer": " · ".join(latents.records[row].captions),
             "found": [
-                {"caption": captions[caption], "score": score, "right": bool(right[caption])}
-                for score, caption in zip(scores, found, strict=True)
+                {"caption": captions[caption], "score": score, "right": caption in right}
+                for score, caption in zip(*nearest_captions(texts @ query, captions, FOUND_CAPTIONS), strict=True)
             ],
         }
 

@@ -31,6 +31,7 @@ from modest_align_train.encoders import (
 )
 from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.latents import (
+    DTYPES,
     FORMAT_VERSION,
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -65,6 +66,7 @@ def extract(
     caption_column: str | Sequence[str] | None = None,
     image_root: Path | str | None = None,
     group_column: str | None = None,
+    dtype: str = "float32",
     batch_size: int | None = None,
     shard_size: int = 2048,
     device: str = "auto",
@@ -89,6 +91,7 @@ def extract(
         image_root: Folder that relative image paths start from; that of the source file if not given.
         group_column: Column, or field of a tar's .json, whose equal values say that images show the same thing:
             they stay in one split, and the captions of one are right answers for the others. Not used unless named.
+        dtype: Type that latents are stored in: float32, or float16, in half the space.
         batch_size: Images a batch; what is fast on the device if not given.
         shard_size: Images a shard.
         device: auto, cpu, cuda, ...
@@ -99,14 +102,16 @@ def extract(
         The latents, on the CPU.
 
     Raises:
-        ValueError: The source or an argument cannot be understood, no image can be read, or ``output`` holds
-            latents of something else.
+        ValueError: The source or an argument cannot be understood, no image can be read, ``output`` holds latents of
+            something else, or a latent is too large for its type.
         FileNotFoundError: The source is not there.
         ImportError: An encoder's package is missing.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype}")
     output = Path(output)
     if output.is_file():
         raise ValueError(f"output must be a folder, got the file {output}")
@@ -125,6 +130,7 @@ def extract(
         "caption_column": caption_column,
         "image_root": None if image_root is None else str(Path(image_root).absolute()),
         "group_column": group_column,
+        "dtype": dtype,
     }
     progress = progress and workers.writes
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
@@ -186,6 +192,7 @@ def extract(
             text, faulty = _encode_captions(kept, encode_texts, bar.update, unfinished)
             counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
             caption_image = torch.arange(len(kept)).repeat_interleave(counts)
+            image, text = (_as_stored(latents, dtype) for latents in (image, text))
             written = write_shard(output, index, image, text, caption_image, kept)
             kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
             return {**written, "records": len(records), **kept_apart}
@@ -250,7 +257,8 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    manifest = read_json(path)
+    # One of before there was a choice has no dtype.
+    manifest = {"dtype": "float32", **read_json(path)}
     for key, wanted in origin.items():
         if manifest.get(key) != wanted:
             difference = f"{key} {_plain(manifest.get(key))}, now {_plain(wanted)}"
@@ -260,6 +268,13 @@ def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
                 difference = f"the {key.removesuffix('_fingerprint')} as it was before its files changed"
             raise ValueError(f"output {path.parent} holds latents of {difference}: choose another folder, or delete it")
     return manifest
+
+
+def _as_stored(latents: Tensor, dtype: str) -> Tensor:
+    largest = torch.finfo(DTYPES[dtype]).max
+    if (latents.abs() > largest).any():
+        raise ValueError(f"dtype {dtype} holds numbers up to {largest:,.0f}, but a latent is larger: take float32")
+    return latents.to(DTYPES[dtype])
 
 
 def _plain(value: Any) -> str:

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from tqdm import tqdm
 
 from modest_align_train.answers import caption_key
 from modest_align_train.files import read_json, write_file, write_json
 from modest_align_train.pictures import decode_picture
+from modest_align_train.rows import Rows
 from modest_align_train.tables import read_embedded
 
 # Version 1 told images apart by the text of their paths, and took a column named group without being asked.
@@ -30,9 +32,12 @@ _IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOT
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
+# Latents of more bytes than that, in float32, stay on disk.
+IN_MEMORY = 2**30
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image and what a person needs to know of it.
 
@@ -56,8 +61,9 @@ class Latents:
     """Latents of images and of their captions.
 
     Attributes:
-        image: Image latents as the encoder gave them (not normalised), float32 [images, Di].
-        text: Caption latents, float32 [captions, Dt].
+        image: Image latents as the encoder gave them (not normalised), float32 [images, Di]. `Rows`, which stay on disk
+            until they are asked for, where all latents are more than `IN_MEMORY`.
+        text: Caption latents, float32 [captions, Dt], likewise.
         caption_image: Row of ``image`` that each caption describes, non-decreasing, int64 [captions].
         caption_text: A number from 0 of what each caption says, equal where captions are, int64 [captions].
         group: The records' groups as consecutive integers from 0, int64 [images].
@@ -67,8 +73,8 @@ class Latents:
         fingerprint: `latents_fingerprint` of all that was extracted with them, of a subset too.
     """
 
-    image: Tensor
-    text: Tensor
+    image: Tensor | Rows
+    text: Tensor | Rows
     caption_image: Tensor
     caption_text: Tensor
     group: Tensor
@@ -83,7 +89,7 @@ class Latents:
         return [caption for record in self.records for caption in record.captions]
 
     def subset(self, split: str) -> Latents:
-        """Return the images of one split and their captions, numbered anew.
+        """Return the images of one split and their captions, numbered anew; what is on disk is not copied.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -95,7 +101,7 @@ class Latents:
         if not rows:
             counts = ", ".join(f"{name} {count}" for name, count in split_counts(self.records).items())
             raise ValueError(f"split must be one that has images ({counts}), got {split!r}")
-        device = self.image.device
+        device = self.group.device
         image_rows = torch.tensor(rows, device=device)
         new_row = torch.full((len(self.records),), -1, dtype=torch.int64, device=device)
         new_row[image_rows] = torch.arange(len(rows), device=device)
@@ -112,11 +118,11 @@ class Latents:
         )
 
     def to(self, device: torch.device | str) -> Latents:
-        """Return the same latents with every tensor on ``device``."""
+        """Return the same latents with every tensor on ``device``; what is on disk stays there."""
         return replace(
             self,
-            image=self.image.to(device),
-            text=self.text.to(device),
+            image=self.image if isinstance(self.image, Rows) else self.image.to(device),
+            text=self.text if isinstance(self.text, Rows) else self.text.to(device),
             caption_image=self.caption_image.to(device),
             caption_text=self.caption_text.to(device),
             group=self.group.to(device),
@@ -142,8 +148,8 @@ def write_shard(
     Args:
         directory: Where to write ``shard-<index>.safetensors`` and ``.jsonl``; it must exist.
         index: Number of the shard.
-        image: Image latents, float32 [images, Di].
-        text: Caption latents, float32 [captions, Dt].
+        image: Image latents, float32 or float16 [images, Di].
+        text: Caption latents, of the same type [captions, Dt].
         caption_image: Row of ``image`` in this shard that each caption describes, int64 [captions].
         records: One per image, [images].
     """
@@ -183,8 +189,11 @@ def write_manifest(directory: Path, shards: Sequence[dict[str, Any]], **facts: A
     return manifest
 
 
-def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor], list[Record]]:
+def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor], list[Record], dict[str, int]]:
     """Read one shard, checked against its manifest entry.
+
+    Returns:
+        Its tensors, its records, and where in the file each tensor begins, in bytes.
 
     Raises:
         FileNotFoundError: One of its files is missing.
@@ -203,17 +212,22 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor
     for line in content[".jsonl"].decode().split("\n")[:-1]:
         fields = json.loads(line)
         records.append(Record(**{**fields, "captions": tuple(fields["captions"])}))
-    return load_safetensors(content[".safetensors"]), records
+    tensors = content[".safetensors"]
+    # The format: the size of a header, the header with places behind it, the tensors.
+    header_end = 8 + int.from_bytes(tensors[:8], "little")
+    header = json.loads(tensors[8:header_end])
+    start = {name: header_end + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
+    return load_safetensors(tensors), records, start
 
 
 def load_latents(directory: Path | str) -> Latents:
-    """Load what ``extract`` wrote.
+    """Load what ``extract`` wrote, all its images and captions; all of it is read once and checked.
 
     Args:
-        directory: The folder with ``manifest.json``.
+        directory: The folder with ``manifest.json``. Of latents that stay on disk its shards must stay there.
 
     Returns:
-        All its images and captions, on the CPU.
+        Tensors on the CPU, or `Rows` of the shards where that would be more than `IN_MEMORY`.
 
     Raises:
         FileNotFoundError: The folder holds no finished latents.
@@ -221,24 +235,37 @@ def load_latents(directory: Path | str) -> Latents:
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
-    images, captions = manifest["images"], manifest["captions"]
-    image = torch.empty(images, manifest["image_dim"])
-    text = torch.empty(captions, manifest["text_dim"])
-    caption_image = torch.empty(captions, dtype=torch.int64)
+    sides = {"image": ("images", manifest["image_dim"]), "text": ("captions", manifest["text_dim"])}
+    on_disk = sum(4 * manifest[rows] * features for rows, features in sides.values()) > IN_MEMORY
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("caption_image", *sides)}
+    starts: dict[str, list[int]] = {name: [] for name in sides}
     records: list[Record] = []
-    first_caption = 0
-    for entry in manifest["shards"]:
-        tensors, shard_records = read_shard(directory, entry)
-        first_image, last_caption = len(records), first_caption + len(tensors["text"])
-        image[first_image : first_image + len(shard_records)] = tensors["image"]
-        text[first_caption:last_caption] = tensors["text"]
-        caption_image[first_caption:last_caption] = tensors["caption_image"] + first_image
+    for entry in tqdm(manifest["shards"], "reading latents", leave=False, delay=2):
+        tensors, shard_records, start = read_shard(directory, entry)
+        parts["caption_image"].append(tensors["caption_image"] + len(records))
+        for name in sides:
+            starts[name].append(start[name])
+            if not on_disk:
+                parts[name].append(tensors[name])
         records += shard_records
-        first_caption = last_caption
+
+    def matrix(name: str) -> Tensor | Rows:
+        if not on_disk:
+            return torch.cat(parts[name]).float()
+        rows, features = sides[name]
+        return Rows(
+            files=[directory / f"{entry['name']}.safetensors" for entry in manifest["shards"]],
+            first=torch.tensor([0, *(entry[rows] for entry in manifest["shards"])]).cumsum(0),
+            start=starts[name],
+            features=features,
+            dtype=tensors[name].dtype,
+            numbers=torch.arange(manifest[rows]),
+        )
+
     return Latents(
-        image=image,
-        text=text,
-        caption_image=caption_image,
+        image=matrix("image"),
+        text=matrix("text"),
+        caption_image=torch.cat(parts["caption_image"]),
         caption_text=_numbers(caption_key(caption) for record in records for caption in record.captions),
         group=_numbers(record.group for record in records),
         records=records,

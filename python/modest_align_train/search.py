@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from modest_align_train.adapters import load_checkpoint
+from modest_align_train.adapters import CHUNK, load_checkpoint
 from modest_align_train.encoders import load_image_encoder, load_text_encoder
 from modest_align_train.files import atomic_path
 from modest_align_train.latents import open_image
 from modest_align_train.pictures import IMAGE_SUFFIXES
+from modest_align_train.rows import Rows
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -83,13 +86,13 @@ def search(
         encoded = load_image_encoder(store.image_encoder)([image])
         captions = store.captions
         scores, rows = nearest_captions(
-            aligner.embed_images(encoded)[0], aligner.embed_texts(store.text), captions, top
+            _cosines(aligner.embed_images(encoded)[0], aligner.embed_texts, store.text), captions, top
         )
         records = [store.records[int(store.caption_image[row])] for row in rows]
         found = [(record, (captions[row],)) for record, row in zip(records, rows, strict=True)]
     else:
         encoded = load_text_encoder(store.text_encoder)([query])
-        scores, rows = nearest_images(aligner.embed_texts(encoded)[0], aligner.embed_images(store.image), top)
+        scores, rows = nearest_images(_cosines(aligner.embed_texts(encoded)[0], aligner.embed_images, store.image), top)
         found = [(store.records[row], store.records[row].captions) for row in rows]
     hits = [
         Hit(rank, score, record.key, captions, record.location)
@@ -100,22 +103,20 @@ def search(
     return hits
 
 
-def nearest_images(query: Tensor, images: Tensor, top: int) -> tuple[list[float], list[int]]:
-    """Cosines and rows of the `top` images [images, D] nearest to an embedding [D], best first."""
-    best = (images @ query).topk(min(top, len(images)))
+def nearest_images(scores: Tensor, top: int) -> tuple[list[float], list[int]]:
+    """Cosines and rows of the `top` images nearest to a query, best first, of the cosines of all [images]."""
+    best = scores.topk(min(top, len(scores)))
     return best.values.tolist(), best.indices.tolist()
 
 
-def nearest_captions(query: Tensor, texts: Tensor, captions: Sequence[str], top: int) -> tuple[list[float], list[int]]:
-    """Cosines and rows of the `top` captions nearest to an embedding [D], best first, equal ones listed once.
+def nearest_captions(scores: Tensor, captions: Sequence[str], top: int) -> tuple[list[float], list[int]]:
+    """Cosines and rows of the `top` captions nearest to a query, best first, equal ones listed once.
 
     Args:
-        query: L2-normalised embedding [D].
-        texts: L2-normalised embeddings of the captions [captions, D].
+        scores: Cosines of all captions [captions].
         captions: What they say, [captions].
         top: Captions wanted.
     """
-    scores = texts @ query
     looked_at = min(4 * top, len(captions))
     while True:
         nearest = scores.topk(looked_at)
@@ -126,6 +127,12 @@ def nearest_captions(query: Tensor, texts: Tensor, captions: Sequence[str], top:
             found = list(best.values())[:top]
             return [score for score, _ in found], [row for _, row in found]
         looked_at = min(4 * looked_at, len(captions))
+
+
+def _cosines(query: Tensor, embed: Callable[[Tensor], Tensor], latents: Tensor | Rows) -> Tensor:
+    """Cosines of an embedding [D] and those of latents [n, features], of which few are held at once."""
+    chunks = tqdm(latents.split(CHUNK), "embedding", leave=False, delay=2)
+    return torch.cat([embed(chunk.to("cpu")) @ query for chunk in chunks])
 
 
 def format_hits(hits: Sequence[Hit], width: int = 100) -> str:

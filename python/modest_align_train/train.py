@@ -22,11 +22,12 @@ from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modest_align_train.adapters import Aligner, load_aligner, read_state
+from modest_align_train.adapters import CHUNK, Aligner, load_aligner, read_state
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import embed, recalls, retrieval_ranks, validation_score
 from modest_align_train.files import write_file
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
+from modest_align_train.rows import Rows
 from modest_align_train.settings import Settings, run_settings
 from modest_align_train.workers import ALONE, Workers
 
@@ -277,7 +278,7 @@ class Batches:
     """Training pairs, and the batches drawn from them.
 
     The latents stay on the training device if they take at most half of its free memory, otherwise in host
-    memory, from where batches travel by asynchronous copies.
+    memory, from where batches travel by asynchronous copies. `Rows` are read batch by batch, unless they fit on a GPU.
 
     Args:
         latents: Of the training split.
@@ -287,14 +288,13 @@ class Batches:
     """
 
     def __init__(self, latents: Latents, settings: Settings, device: torch.device, workers: Workers = ALONE) -> None:
-        size = latents.image.nbytes + latents.text.nbytes
+        size = 4 * sum(math.prod(one.shape) for one in (latents.image, latents.text))
         # A GPU's generator draws others than the CPU's: where batches are drawn is the same for all.
         fits = all(workers.everyone(device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2))
         self.device = device
         self.home = device if fits else torch.device("cpu")
         self.generator = torch.Generator(self.home).manual_seed(settings.seed)
-        self.image = normalize(latents.image, dim=-1).to(self.home)
-        self.text = normalize(latents.text, dim=-1).to(self.home)
+        self.image, self.text = (_unit_rows(one, self.home) for one in (latents.image, latents.text))
         self.images = len(self.image)
         self.batch_size = min(settings.batch_size, self.images)
         # A batch holds an image once, so without larger groups no two of its pairs are of one group.
@@ -323,7 +323,10 @@ class Batches:
         choice = torch.randint(2**31, rows.shape, generator=self.generator, device=self.home)
         captions = self.first[rows] + choice % self.count[rows]
         group = None if self.group is None else self._send(self.group[rows])
-        return self._send(self.image[rows]), self._send(self.text[captions]), group
+        return self._take(self.image, rows), self._take(self.text, captions), group
+
+    def _take(self, unit: Tensor | Rows, rows: Tensor) -> Tensor:
+        return self._send(normalize(unit[rows].to("cpu"), dim=-1) if isinstance(unit, Rows) else unit[rows])
 
     def _send(self, batch: Tensor) -> Tensor:
         return batch if self.home == self.device else batch.pin_memory().to(self.device, non_blocking=True)
@@ -337,6 +340,18 @@ class Batches:
         self.order = state["order"].to(self.home)
         self.position = state["position"]
         self.generator.set_state(state["generator"].cpu())
+
+
+def _unit_rows(latents: Tensor | Rows, device: torch.device) -> Tensor | Rows:
+    """Normalise latents and put them on a device; for the CPU, those on disk stay there as they are."""
+    if isinstance(latents, Tensor):
+        return normalize(latents, dim=-1).to(device)
+    if device.type == "cpu":
+        return latents
+    unit = torch.empty(latents.shape, device=device)
+    for part, rows in zip(unit.split(CHUNK), latents.split(CHUNK), strict=True):
+        part.copy_(normalize(rows.to(device), dim=-1))
+    return unit
 
 
 def learning_rate(step: int, settings: Settings) -> float:

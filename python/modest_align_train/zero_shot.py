@@ -277,8 +277,8 @@ def class_ranks(images: Tensor, prototypes: Tensor, label: Tensor) -> Tensor:
     Returns:
         int64 [n] on the CPU.
     """
-    label, classes = label.to(images.device), torch.arange(len(prototypes), device=images.device)
-    return best_ranks(images, prototypes, lambda rows: label[rows, None] == classes).cpu()
+    label = label.to(images.device)
+    return best_ranks(images, prototypes, lambda rows: (torch.arange(len(rows), device=rows.device), label[rows])).cpu()
 
 
 def top_accuracy(
