@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 SOURCES := modest_align_kernels python benchmarks tests tools setup.py
 CPP_SOURCES = $(shell find csrc tests/ptx_simulator tests/arm_driver.cpp -name '*.[ch]*')
 
-.PHONY: demo test lint benchmark readme gpu-check
+.PHONY: demo test test-integrations lint benchmark readme gpu-check
 
 demo: $(VENV)/demo.installed
 	$(BIN)/modest-align demo $(OUTPUT) $(ARGS)
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+test-integrations: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m integrations tests/integrations $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check $(SOURCES)
@@ -38,7 +41,7 @@ readme: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.readme
 
 $(VENV)/demo.installed: EXTRAS := train,encoders
-$(VENV)/test.installed: EXTRAS := test,encoders
+$(VENV)/test.installed: EXTRAS := test,encoders,integrations
 $(VENV)/%.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
