@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ import torch
 from open_clip_train.params import parse_args
 from open_clip_train.train import train_one_epoch
 from PIL import Image
+from rank_pool import RankPool
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.recipes import PAGE_OF_INTEGRATIONS, code
 from modest_align_kernels import ModestAlignLoss
@@ -29,13 +32,12 @@ CONFIG = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 BATCHES, BATCH = 8, 16
+LOCAL = ("--local-loss", "--gather-with-grad")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_clip(tmp_path_factory) -> None:
-    path = tmp_path_factory.mktemp("configs") / "tiny-clip.json"
-    path.write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(path)
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "tiny-clip.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(Path(folder, "tiny-clip.json"))
 
 
 def arguments(*given: str):
@@ -46,9 +48,9 @@ def arguments(*given: str):
     return args
 
 
-def batches(dtype: torch.dtype):
+def batches(dtype: torch.dtype, seed: int = 0):
     """[B, 3, 32, 32] and [B, 16] each."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     loader = type("Loader", (list,), {"num_batches": BATCHES, "num_samples": BATCHES * BATCH})()
     for _ in range(BATCHES):
         texts = torch.randint(1, 49406, (BATCH, 16), generator=generator)
@@ -57,16 +59,22 @@ def batches(dtype: torch.dtype):
     return SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
 
 
-def train(loss: torch.nn.Module, args, dtype: torch.dtype = torch.float32):
-    """Two epochs of open_clip's: the losses [steps], and the weights."""
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny-clip", output_dict=True).to(dtype)
+def steps(model: torch.nn.Module, loss: torch.nn.Module, args, data) -> torch.Tensor:
+    """Two epochs by open_clip's own code: the losses, float64 [steps]."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     loss.register_forward_hook(lambda module, args, output: losses.append(output["contrastive_loss"].detach().double()))
     for epoch in range(2):
-        train_one_epoch(model, {"train": batches(dtype)}, loss, epoch, optimizer, None, lambda step: None, None, args)
-    return torch.stack(losses), {name: p.detach().double() for name, p in model.named_parameters()}
+        train_one_epoch(model, {"train": data}, loss, epoch, optimizer, None, lambda step: None, None, args)
+    return torch.stack(losses)
+
+
+def train(loss: torch.nn.Module, args, dtype: torch.dtype = torch.float32):
+    """The losses of a tiny CLIP, and its weights."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-clip", output_dict=True).to(dtype)
+    losses = steps(model, loss, args, batches(dtype))
+    return losses, {name: p.detach().double() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("given", [(), ("--accum-freq", "2"), ("--precision", "amp_bfloat16")], ids=" ".join)
@@ -79,12 +87,104 @@ def test_same_training_as_with_its_own_loss(given: tuple[str, ...]) -> None:
     truth, true_weights = train(open_clip.create_loss(exact), exact, torch.float64)
     assert len(ours) == 2 * BATCHES
     assert truth[-1] < truth[0] - 0.5, "it should have learned something"
-    print(given, "losses off by", (ours - truth).abs().max(), "theirs", (theirs - truth).abs().max())
-    print("between", (ours - theirs).abs().max())
 
     def off(weights):
         return torch.stack([(weights[name] - true_weights[name]).norm() for name in true_weights]).norm()
 
-    print("weights", off(our_weights), off(their_weights))
     assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6
     assert off(our_weights) <= 2 * off(their_weights)
+
+
+def test_its_program_as_the_page_has_it(tmp_path, monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    lines = ["filepath\ttitle"]
+    for k in range(2 * BATCH):
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{k}.png")
+        lines.append(f"{tmp_path / f'{k}.png'}\tpicture {k}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines))
+    given = f"--train-data {tmp_path}/pairs.tsv --dataset-type csv --model tiny-clip --device cpu --precision fp32"
+    given += (
+        f" --batch-size {BATCH} --epochs 2 --workers 0 --warmup 1 --log-every-n-steps 1 --logs {tmp_path} --name run"
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])
+    monkeypatch.setattr(program, "create_loss", program.create_loss)  # the page's assignment ends with the test
+    trained_with = []
+
+    def spy(model, data, loss, *rest, **kwargs) -> None:
+        trained_with.append(loss)
+        train_one_epoch(model, data, loss, *rest, **kwargs)
+
+    monkeypatch.setattr(program, "train_one_epoch", spy)
+    exec(code(PAGE_OF_INTEGRATIONS, "open_clip 3.x"), {})
+    assert len(trained_with) == 2
+    assert type(trained_with[0]) is ModestAlignLoss
+    assert (trained_with[0].noise_std, trained_with[0].smoothing) == (0.01, 0.1)
+    logged = re.findall(r"Contrastive_loss: (\S+) .* Loss: (\S+) ", (tmp_path / "run" / "out.log").read_text())
+    assert len(logged) == 4
+    assert all(contrastive == total for contrastive, total in logged)
+    assert "visual.proj" in torch.load(tmp_path / "run" / "checkpoints" / "epoch_2.pt")["state_dict"]
+
+
+@pytest.mark.skipif(not hasattr(open_clip, "create_task"), reason="this open_clip has no tasks")
+def test_a_task_of_its_main_branch() -> None:
+    page: dict = {}
+    exec(code(PAGE_OF_INTEGRATIONS, "open_clip, main branch"), page)
+    (images, texts), *_ = batches(torch.float32).dataloader
+    args, results = arguments(), []
+    for make in (page["create_task"], open_clip.create_task):
+        torch.manual_seed(0)
+        task = make(args, model=open_clip.create_model("tiny-clip", output_dict=True))
+        if make is page["create_task"]:
+            task.loss.noise_std = task.loss.smoothing = 0.0
+        losses, _ = task({"image": images, "text": texts})
+        losses["loss"].backward()
+        results.append((losses, {name: p.grad for name, p in task.trainable_module.named_parameters()}))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--siglip"], "args: got --siglip, want a CLIP model under torch.distributed, or open_clip.create_loss"),
+        (["--model", "coca_ViT-B-32"], "got --model coca_ViT-B-32"),
+        (["--horovod"], "got --horovod"),
+    ],
+)
+def test_other_losses_are_refused(given: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        create_loss(arguments(*given))
+
+
+def test_ranks_that_are_not_there_are_refused() -> None:
+    args = arguments()
+    args.world_size = 2
+    with pytest.raises(ValueError, match=r"args\.world_size: got 2 without a process group, want create_loss after"):
+        create_loss(args)
+
+
+def trained_on_ranks(group) -> None:
+    """A rank's part: with any of open_clip's two right pairs of flags the same losses and weights as with ours."""
+    torch.manual_seed(0)
+    start = open_clip.create_model("tiny-clip", output_dict=True).state_dict()
+    results = []
+    for make, flags in ((create_loss, ()), (open_clip.create_loss, LOCAL), (open_clip.create_loss, LOCAL[1:])):
+        args = arguments(*flags)
+        args.rank, args.world_size = group.rank(), group.size()
+        model = open_clip.create_model("tiny-clip", output_dict=True)
+        model.load_state_dict(start)
+        loss = make(args, noise_std=0.0, smoothing=0.0) if make is create_loss else make(args)
+        losses = steps(DistributedDataParallel(model), loss, args, batches(torch.float32, seed=group.rank()))
+        if flags == LOCAL:  # the rank's own
+            torch.distributed.all_reduce(losses)
+            losses /= group.size()
+        results.append((losses, dict(model.named_parameters())))
+    for theirs in results[1:]:
+        torch.testing.assert_close(results[0], theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_its_flags_on_ranks() -> None:
+    pool = RankPool()
+    try:
+        pool.run("of_module", 4, module="test_open_clip", name="trained_on_ranks")
+    finally:
+        pool.stop()

@@ -90,7 +90,9 @@ def test_transformers(how: str, accumulate: int, tmp_path) -> None:
     got = hf_losses(ours)
     assert expected[-1] < expected[0] - 0.2, "it should have learned something"
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(dict(ours.model.named_parameters()), dict(theirs.model.named_parameters()), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        dict(ours.model.named_parameters()), dict(theirs.model.named_parameters()), rtol=0, atol=2e-3
+    )
     evaluated = theirs.evaluate()["eval_loss"]
     loss_fn.noise_std = 1.0  # which no evaluation may see
     torch.testing.assert_close(ours.evaluate()["eval_loss"], evaluated, rtol=1e-3, atol=0)
@@ -138,7 +140,6 @@ def test_lightning(tmp_path) -> None:
 
     module.loss_fn.noise_std = 0.5  # which no evaluation may see
     validated = trainer.validate(module, pairs, verbose=False)[0]["val_loss"]
-    assert validated == pytest.approx(float(trainer.callback_metrics["val_loss"]))
     module.loss_fn.noise_std = 0.0
     assert trainer.validate(module, pairs, verbose=False)[0]["val_loss"] == validated
 
