@@ -36,9 +36,9 @@ from modest_align_kernels.testing import (
 )
 
 
-def of_module(group, module: str, name: str) -> Any:
+def of_module(group, module: str, function: str) -> Any:
     """A function that stands beside the test which sends it, where it needs what that imports."""
-    return getattr(importlib.import_module(module), name)(group)
+    return getattr(importlib.import_module(module), function)(group)
 
 
 class _Shard(torch.autograd.Function):

@@ -43,7 +43,8 @@ def clip_pairs() -> list[dict]:
     tokens = torch.randint(1, 98, (ROWS, 12), generator=generator)
     tokens[:, -1] = 99
     pixels = torch.randn(ROWS, 3, 32, 32, generator=generator)
-    return [{"input_ids": t, "pixel_values": p, "attention_mask": torch.ones_like(t)} for t, p in zip(tokens, pixels)]
+    mask = torch.ones(12, dtype=torch.int64)
+    return [{"input_ids": t, "pixel_values": p, "attention_mask": mask} for t, p in zip(tokens, pixels, strict=True)]
 
 
 def with_return_loss(rows: list[dict]) -> dict:

@@ -1,4 +1,4 @@
-"""SentenceTransformerTrainer and MiniLM: the same training as with sentence-transformers' own losses, in less memory."""
+"""SentenceTransformerTrainer and MiniLM train as with sentence-transformers' own losses, in less memory."""
 
 from __future__ import annotations
 
@@ -42,25 +42,8 @@ CASES = {
     "both directions": (BOTH, ("anchor", "positive")),
     "hard negatives": ({}, ("anchor", "positive", "negative")),
 }
-ANIMALS = [
-    "heron",
-    "otter",
-    "lynx",
-    "badger",
-    "falcon",
-    "salmon",
-    "beetle",
-    "tortoise",
-    "walrus",
-    "gecko",
-    "camel",
-    "robin",
-    "moose",
-    "newt",
-    "crab",
-    "owl",
-]
-PLACES = ["by the river", "under old snow", "on a wet street", "in tall grass"]
+ANIMALS = ("heron", "otter", "lynx", "badger", "falcon", "salmon", "beetle", "tortoise")
+PLACES = ("by a river", "under snow", "on a street", "in the grass", "at night", "in my dream", "at sea", "in a book")
 COLUMNS = {
     "anchor": [f"a {animal} {place}" for place in PLACES for animal in ANIMALS],
     "positive": [f"{place} there was one {animal[:3]}" for place in PLACES for animal in ANIMALS],
@@ -84,6 +67,7 @@ def pairs(columns: tuple[str, ...] = ("anchor", "positive")) -> Dataset:
 
 def options(folder, **given) -> dict:
     options = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5}
+    options |= {"adam_epsilon": 1e-5}  # what has no gradient but rounding is to stay where it is
     options |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     return options | given
 
