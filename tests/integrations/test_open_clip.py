@@ -61,7 +61,7 @@ def batches(dtype: torch.dtype, seed: int = 0):
 
 def steps(model: torch.nn.Module, loss: torch.nn.Module, args, data) -> torch.Tensor:
     """Two epochs by open_clip's own code: the losses, float64 [steps]."""
-    # With its usual epsilon it would make a walk at random of the keys' biases, whose gradient is zero but for rounding.
+    # With its usual epsilon the keys' biases, whose gradient is zero but for rounding, would go a random way.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
     losses = []
     loss.register_forward_hook(lambda module, args, output: losses.append(output["contrastive_loss"].detach().double()))

@@ -130,7 +130,8 @@ def test_the_scale_learns(tmp_path) -> None:
     page: dict = {}
     exec(code(PAGE_OF_INTEGRATIONS, "sentence-transformers"), page)
     learned = []
-    for page["ModestAlignRankingLoss"] in (ModestAlignRankingLoss, CachedModestAlignRankingLoss):
+    for make in (ModestAlignRankingLoss, CachedModestAlignRankingLoss):
+        page["ModestAlignRankingLoss"] = make
         given = options(tmp_path, optim="sgd", gradient_accumulation_steps=2, max_steps=3)
         loss = page["train"](copy.deepcopy(minilm()), pairs(), **given)
         learned.append(loss.loss_fn.log_scale.item())
@@ -192,6 +193,17 @@ def test_the_other_directions_are_the_page_s_recipe() -> None:
         value = loss(NO_MODEL, **every).compute_loss_from_embeddings(columns, None)
         results.append((value, *torch.autograd.grad(value, columns)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_all_ranks_are_asked_for_in_the_call(one_rank) -> None:
+    """What they compute is ModestAlignLoss's own; a script builds its loss before there are any."""
+    loss = ModestAlignRankingLoss(NO_MODEL, **PLAIN, gather_across_devices=True)
+    assert loss.loss_fn.process_group is None
+    value = loss.compute_loss_from_embeddings(embeddings(8, 3))
+    assert loss.loss_fn.process_group is torch.distributed.group.WORLD
+    torch.testing.assert_close(
+        value, MultipleNegativesRankingLoss(NO_MODEL).compute_loss_from_embeddings(embeddings(8, 3), None)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
