@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 SOURCES := modest_align_kernels python benchmarks tests tools setup.py
 CPP_SOURCES = $(shell find csrc tests/ptx_simulator tests/arm_driver.cpp -name '*.[ch]*')
 
-.PHONY: demo test lint docs benchmark readme gpu-check dist dist-check
+.PHONY: demo test test-integrations lint docs benchmark readme gpu-check dist dist-check
 
 demo: $(VENV)/demo.installed
 	$(BIN)/modest-align demo $(OUTPUT) $(ARGS)
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+test-integrations: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m integrations tests/integrations $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check $(SOURCES)
@@ -67,7 +70,7 @@ $(VENV)/dist.installed:
 	touch $@
 
 $(VENV)/demo.installed: EXTRAS := train,encoders
-$(VENV)/test.installed: EXTRAS := test,docs,encoders
+$(VENV)/test.installed: EXTRAS := test,docs,encoders,integrations
 $(VENV)/%.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,12 @@ def one_rank() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether a path is passed over, or None. What tests of other trainers import takes half a minute."""
+    unwanted = "not integrations" in config.getoption("markexpr")
+    return (collection_path.name == "integrations" and unwanted) or None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib
 import itertools
 import os
 import re
@@ -33,6 +34,11 @@ from modest_align_kernels.testing import (
     peak_extra_bytes,
     value_and_grads,
 )
+
+
+def of_module(group, module: str, function: str) -> Any:
+    """A function that stands beside the test which sends it, where it needs what that imports."""
+    return getattr(importlib.import_module(module), function)(group)
 
 
 class _Shard(torch.autograd.Function):

@@ -34,9 +34,9 @@ def imports_of(graph: grimp.ImportGraph, package: str) -> set[str]:
 
 def test_arrows_go_one_way(graph: grimp.ImportGraph) -> None:
     registry, contract = f"{BACKENDS}.registry", f"{BACKENDS}.contract"
+    names = ("__main__", "integrations", "testing", "reference", "modules", "functional", "sharded", "distributed")
     layers = (
-        *(f"{LIBRARY}.{name}" for name in ("__main__", "testing", "reference", "modules")),
-        *(f"{LIBRARY}.{name}" for name in ("functional", "sharded", "distributed")),
+        *(f"{LIBRARY}.{name}" for name in names),
         {f"{LIBRARY}.dispatch", f"{LIBRARY}.autograd"},
         f"{LIBRARY}.ops",
         registry,
@@ -51,7 +51,8 @@ def test_arrows_go_one_way(graph: grimp.ImportGraph) -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        (LIBRARY, {"torch", "triton"}),
+        (LIBRARY, {"torch", "triton", "sentence_transformers"}),
+        (f"{LIBRARY}.integrations.open_clip", {"torch", f"{LIBRARY}.modules"}),
         (f"{LIBRARY}.noise", {"torch"}),
         (f"{LIBRARY}.reference", {"torch", f"{LIBRARY}.noise"}),
         (f"{LIBRARY}.testing", {"torch", f"{LIBRARY}.reference"}),
@@ -68,6 +69,14 @@ def test_the_trainer_uses_the_public_face_only(graph: grimp.ImportGraph) -> None
 def test_only_native_imports_the_compiled_module(graph: grimp.ImportGraph) -> None:
     importers = graph.find_modules_that_directly_import(COMPILED)
     assert importers <= {f"{BACKENDS}.native"} | graph.find_descendants(f"{BACKENDS}.native")
+
+
+def test_other_peoples_trainers_are_imported_by_their_integration_only(graph: grimp.ImportGraph) -> None:
+    assert graph.find_modules_that_directly_import("sentence_transformers") <= {
+        f"{LIBRARY}.integrations.sentence_transformers",
+        f"{TRAINER}.encoders",
+    }
+    assert not graph.find_modules_that_directly_import(f"{LIBRARY}.integrations")
 
 
 def test_import_is_quiet_and_touches_no_gpu() -> None:
