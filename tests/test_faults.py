@@ -14,6 +14,7 @@ from train_data import trained_run
 
 from modest_align_train import extract as extract_module
 from modest_align_train import search as search_module
+from modest_align_train.checkpoints import PREVIOUS
 from modest_align_train.cli import main
 from modest_align_train.encoders import ImageEncoder, TextEncoder
 
@@ -155,9 +156,9 @@ def test_a_folder_that_cannot_be_written_to(name, run, capsys):
     [
         ("latents/manifest.json", "evaluate"),
         ("latents/manifest.json", "train"),
-        ("run/best.pt", "evaluate"),
-        ("run/best.pt", "search"),
-        ("run/last.pt", "train"),
+        ("run/best.safetensors", "evaluate"),
+        ("run/best.safetensors", "search"),
+        ("run/last.safetensors", "train"),
         ("run/settings.toml", "evaluate"),
         ("run/evaluation.json", "report"),
         ("run/ranks.safetensors", "report"),
@@ -169,6 +170,7 @@ def test_a_damaged_file(file, name, content, run, capsys):
     path.write_bytes(content if content != b"{}" or path.suffix == ".json" else path.read_bytes()[:-20])
     words = COMMANDS[name](run, lambda file: run if name == "train" else run.parent / file)
     if name == "train":
+        (run / PREVIOUS).unlink()
         words = (*words[:-1], 300)
     if file.endswith("evaluation.json") and content == b"{}":
         assert main([str(word) for word in words]) == 0  # of something else: made again

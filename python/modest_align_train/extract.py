@@ -100,17 +100,14 @@ def extract(
         The latents, on the CPU.
 
     Raises:
-        ValueError: The source or an argument cannot be understood, no image can be read, or ``output`` holds
-            latents of something else.
+        ValueError: The source or an argument cannot be understood, no image can be read, ``output`` holds latents of
+            something else, or another process is writing into it.
         FileNotFoundError: The source is not there.
         ImportError: An encoder's package is missing.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    output = Path(output)
-    if output.is_file():
-        raise ValueError(f"output must be a folder, got the file {output}")
     caption_column = [caption_column] if isinstance(caption_column, str) else list(caption_column or []) or None
     files = find_files(source)
     origin = {
@@ -127,6 +124,20 @@ def extract(
         "image_root": None if image_root is None else str(Path(image_root).absolute()),
         "group_column": group_column,
     }
+    with workers.alone_in(Path(output)):
+        return _extract(files, Path(output), origin, batch_size, shard_size, device, progress, workers)
+
+
+def _extract(
+    files: Sequence[Path],
+    output: Path,
+    origin: dict[str, Any],
+    batch_size: int | None,
+    shard_size: int,
+    device: str,
+    progress: bool,
+    workers: Workers,
+) -> Latents:
     progress = progress and workers.writes
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
 
@@ -135,20 +146,13 @@ def extract(
             say(f"{output} holds the latents of this source and these encoders already")
             return None
         partial = _stored(output / PARTIAL_MANIFEST, origin)
-        contents = read_source(
-            files,
-            split=split,
-            image_column=image_column,
-            caption_column=caption_column,
-            image_root=image_root,
-            group_column=group_column,
-        )
+        arguments = ("split", "image_column", "caption_column", "image_root", "group_column")
+        contents = read_source(files, **{name: origin[name] for name in arguments})
         say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
         for sentence in contents.found:
             say(sentence)
-        encode_images = load_image_encoder(image_encoder, workers.device or device)
-        encode_texts = load_text_encoder(text_encoder, workers.device or device)
-        output.mkdir(parents=True, exist_ok=True)
+        encode_images = load_image_encoder(origin["image_encoder"], workers.device or device)
+        encode_texts = load_text_encoder(origin["text_encoder"], workers.device or device)
         shards = _whole_shards(output, partial["shards"] if partial else [])
         return contents, encode_images, encode_texts, shards, partial is not None
 
