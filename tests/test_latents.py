@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from train_data import write_store, write_tar
 
 from modest_align_train.files import atomic_path, write_json
@@ -95,6 +97,61 @@ def test_damage_is_noticed(stored):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00001.safetensors is missing"):
         load_latents(directory)
+
+
+@pytest.mark.parametrize("name", ["../out/shard-00000", "/out/shard-00000", "shard-00000/../../x", "shard-1", ""])
+def test_a_manifest_that_points_outside_its_folder(stored, name):
+    directory = stored[0]
+    path = directory / MANIFEST
+    manifest = json.loads(path.read_text())
+    shard = manifest["shards"][0]
+    # The file would be there, and be the one that was written.
+    shard["sha256"] = {file.replace(shard["name"], name): digest for file, digest in shard["sha256"].items()}
+    for named in (name, shard["name"]):
+        shard["name"] = named
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=r"the manifest in .* must name files of that folder like .*, got '"):
+            load_latents(directory)
+
+
+DAMAGES = [
+    (lambda manifest: [manifest], "has format version None, wanted 2"),
+    (lambda manifest: {**manifest, "shards": None}, r"is damaged \(shards: Input should be a valid list\): delete"),
+    (lambda manifest: {**manifest, "shards": [{}]}, r"is damaged \(shards\.0\.name: Field required\)"),
+    (lambda manifest: {**manifest, "text_dim": -1}, r"is damaged \(text_dim: Input should be greater than or equal"),
+    (lambda manifest: {**manifest, "image_dim": 10**12}, "has other numbers than its shards"),
+    (lambda manifest: {**manifest, "images": 10**12}, "has other numbers than its shards"),
+    (lambda manifest: {**manifest, "image_dim": 2}, "has other numbers than its shards"),
+]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
+def test_a_damaged_manifest(stored, damage, sentence):
+    path = stored[0] / MANIFEST
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=sentence):
+        load_latents(stored[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"shard-00000.jsonl": b""},
+        {"shard-00000.jsonl": b"[]\n"},
+        {"shard-00000.safetensors": bytes(100)},
+        {"shard-00000.safetensors": save({"image": torch.ones(()), "text": torch.ones(())})},
+    ],
+    ids=["no records", "other records", "no tensors", "other tensors"],
+)
+def test_a_shard_that_is_whole_but_none(stored, content):
+    path = stored[0] / MANIFEST
+    manifest = json.loads(path.read_text())
+    for name, data in content.items():
+        (stored[0] / name).write_bytes(data)
+        manifest["shards"][0]["sha256"][name] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors and \.jsonl are no shard: extract again"):
+        load_latents(stored[0])
 
 
 def test_another_format_version(stored):

@@ -278,7 +278,7 @@ def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, 
     for count, shard in enumerate(shards):
         try:
             read_shard(output, shard)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return shards[:count]
     return shards
 

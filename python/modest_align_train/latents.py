@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -30,6 +32,7 @@ _IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOT
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
+_SHARD_NAME = re.compile(r"shard-[0-9]{5,}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,34 @@ class Record:
     split: str
     group: str
     location: str
+
+
+_RECORD = TypeAdapter(Record)
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    images: _Count
+    captions: _Count
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest must have; it may have more."""
+
+    image_encoder: str
+    text_encoder: str
+    image_dim: _Count
+    text_dim: _Count
+    images: _Count
+    captions: _Count
+    shards: list[_Shard]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -188,8 +219,15 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor
 
     Raises:
         FileNotFoundError: One of its files is missing.
-        ValueError: One of its files is not the one that was written.
+        ValueError: One of its files is not the one that was written, is no part of a shard, or is not of this folder.
     """
+    name = entry["name"]
+    if not _SHARD_NAME.fullmatch(name) or entry["sha256"].keys() != {f"{name}.safetensors", f"{name}.jsonl"}:
+        names = ", ".join(map(repr, entry["sha256"]))
+        raise ValueError(
+            f"the manifest in {directory} must name files of that folder like shard-00000.safetensors and .jsonl, "
+            f"got {names}"
+        )
     content = {}
     for file_name, expected in entry["sha256"].items():
         path = directory / file_name
@@ -198,12 +236,23 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor
         content[path.suffix] = path.read_bytes()
         if hashlib.sha256(content[path.suffix]).hexdigest() != expected:
             raise ValueError(f"{path} is damaged (its checksum differs): delete {directory} and extract again")
-    records = []
-    # Not splitlines(), which also breaks at separators that a caption may hold.
-    for line in content[".jsonl"].decode().split("\n")[:-1]:
-        fields = json.loads(line)
-        records.append(Record(**{**fields, "captions": tuple(fields["captions"])}))
-    return load_safetensors(content[".safetensors"]), records
+    try:
+        # Not splitlines(), which also breaks at separators that a caption may hold.
+        records = [_RECORD.validate_json(line) for line in content[".jsonl"].split(b"\n")[:-1]]
+        tensors = load_safetensors(content[".safetensors"])
+        counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
+        caption_image = torch.arange(len(records)).repeat_interleave(counts)
+        rows = [len(records), len(caption_image)]
+        whole = (
+            [len(tensors["image"]), len(tensors["text"])] == [entry["images"], entry["captions"]] == rows
+            and tensors["image"].ndim == tensors["text"].ndim == 2
+            and torch.equal(tensors["caption_image"], caption_image)
+        )
+    except (SafetensorError, ValueError, LookupError, TypeError):  # TypeError: the length of a 0-dim tensor
+        whole = False
+    if not whole:
+        raise ValueError(f"{directory / entry['name']}.safetensors and .jsonl are no shard: extract again")
+    return tensors, records
 
 
 def load_latents(directory: Path | str) -> Latents:
@@ -221,6 +270,7 @@ def load_latents(directory: Path | str) -> Latents:
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
+    _check_sizes(directory, manifest)
     images, captions = manifest["images"], manifest["captions"]
     image = torch.empty(images, manifest["image_dim"])
     text = torch.empty(captions, manifest["text_dim"])
@@ -229,6 +279,8 @@ def load_latents(directory: Path | str) -> Latents:
     first_caption = 0
     for entry in manifest["shards"]:
         tensors, shard_records = read_shard(directory, entry)
+        if [tensors[name].shape[1] for name in ("image", "text")] != [manifest["image_dim"], manifest["text_dim"]]:
+            raise _other_numbers(directory)
         first_image, last_caption = len(records), first_caption + len(tensors["text"])
         image[first_image : first_image + len(shard_records)] = tensors["image"]
         text[first_caption:last_caption] = tensors["text"]
@@ -271,10 +323,35 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
         raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest.get("format_version") not in _READABLE_VERSIONS:
-        raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
+    manifest = read_json(path)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version not in _READABLE_VERSIONS:
+        raise ValueError(f"{path} has format version {version}, wanted {FORMAT_VERSION}")
+    try:
+        _MANIFEST.validate_python(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged ({place}: {first['msg']}): delete {directory} and extract again") from None
     return manifest
+
+
+def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
+    """See that a manifest's numbers are those of its shards, before there is memory for so many."""
+    sides = {"images": "image_dim", "captions": "text_dim"}
+    shards = manifest["shards"]
+    whole = all(manifest[rows] == sum(shard[rows] for shard in shards) for rows in sides)
+    for shard in shards:
+        file = directory / f"{shard['name']}.safetensors"
+        # Of two bytes at least is a number.
+        size = 2 * sum(shard[rows] * manifest[features] for rows, features in sides.items())
+        whole = whole and (not file.is_file() or size <= file.stat().st_size)
+    if not whole:
+        raise _other_numbers(directory)
+
+
+def _other_numbers(directory: Path) -> ValueError:
+    return ValueError(f"{directory / MANIFEST} has other numbers than its shards: delete {directory} and extract again")
 
 
 def _numbers(names: Iterable[str]) -> Tensor:
