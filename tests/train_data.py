@@ -99,3 +99,9 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert one["step"] == other["step"]
         for parameter, value in part(one, "model").items():
             assert torch.equal(value, other[f"model.{parameter}"]), parameter
+
+
+def train_in_one_thread(settings: Settings) -> None:
+    """What a process of its own runs, so that its bits are those of the tests."""
+    torch.set_num_threads(1)
+    train(settings, progress=False)
