@@ -12,6 +12,7 @@ from safetensors.torch import load, load_file, save
 from train_data import assert_same_run, small_settings
 
 import modest_align_train.train as module
+from modest_align_train.adapters import load_aligner
 from modest_align_train.checkpoints import BEST, LAST, PREVIOUS, read_checkpoint, write_checkpoint
 from modest_align_train.train import train
 
@@ -143,3 +144,19 @@ def test_both_checkpoints_damaged(tmp_path: Path, monkeypatch) -> None:
     spoil(run / PREVIOUS)
     with pytest.raises(ValueError, match=r"previous\.safetensors is damaged .* another --output, or delete this one"):
         train(small_settings(tmp_path, dropout=0.1), progress=False)
+
+
+def test_a_checkpoint_of_other_settings(tmp_path: Path) -> None:
+    run = train(small_settings(tmp_path), progress=False)
+    settings = run / "settings.toml"
+    settings.write_text(settings.read_text().replace("embedding_dim = 16", "embedding_dim = 17"))
+    with pytest.raises(ValueError, match=r"best\.safetensors does not fit the settings\.toml beside it: one of them"):
+        load_aligner(run)
+    state, _ = read_checkpoint(run / LAST)
+    write_checkpoint(run / LAST, {**state, "step": 30})
+    with pytest.raises(ValueError, match=r"last\.safetensors does not fit the settings\.toml beside it: one of them"):
+        train(small_settings(tmp_path, embedding_dim=17), progress=False)
+    for facts in ({"step": 30, "latents": state["latents"]}, {"step": 30}, {}):
+        write_checkpoint(run / LAST, facts)
+        with pytest.raises(ValueError, match=r"last\.safetensors does not fit the settings\.toml beside it"):
+            train(small_settings(tmp_path, embedding_dim=17), progress=False)

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import dropout, gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
-from modest_align_train.checkpoints import BEST, has_checkpoint, part, read_checkpoint
+from modest_align_train.checkpoints import BEST, fits_its_settings, has_checkpoint, part, read_checkpoint
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.settings import Settings, run_settings
 
@@ -197,7 +197,7 @@ def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Chec
 
     Raises:
         FileNotFoundError: The run has no best checkpoint.
-        ValueError: It is damaged, or of an earlier version.
+        ValueError: It is damaged, of an earlier version, or does not fit the run's settings.
     """
     run = Path(run)
     if not has_checkpoint(run / BEST):
@@ -205,6 +205,7 @@ def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Chec
     state, digest = read_checkpoint(run / BEST, device)
     # A run trained with a backend that this machine lacks must still load.
     settings = replace(run_settings(run), backend="auto")
-    aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
-    aligner.load_state_dict(part(state, "model"))
-    return Checkpoint(run, aligner.eval(), digest, state["latents"])
+    with fits_its_settings(run / BEST):
+        aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
+        aligner.load_state_dict(part(state, "model"))
+        return Checkpoint(run, aligner.eval(), digest, state["latents"])

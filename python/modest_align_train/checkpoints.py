@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Sta
             f"{path} is damaged (its checksum differs): train into another --output, or delete this one"
         ) from None
     return {**facts, **{name: tensor.to(device) for name, tensor in tensors.items()}}, digest
+
+
+@contextmanager
+def fits_its_settings(path: Path) -> Iterator[None]:
+    """Say in one sentence that what was read does not fit, where one of the two files was changed or exchanged."""
+    try:
+        yield
+    except (LookupError, TypeError, RuntimeError, OverflowError):  # torch's own sentence names every parameter
+        raise ValueError(f"{path} does not fit the settings.toml beside it: one of them is of another run") from None
 
 
 def _checksum(content: bytes | bytearray) -> tuple[int, int, str]:

@@ -27,6 +27,7 @@ from modest_align_train.checkpoints import (
     LAST,
     PREVIOUS,
     State,
+    fits_its_settings,
     has_checkpoint,
     named,
     part,
@@ -103,7 +104,8 @@ def _train(settings: Settings, progress: bool, workers: Workers) -> Path:
         torch.manual_seed(settings.seed)
         run = workers.together(lambda: Run(settings, latents, device, workers))
         if checkpoint:
-            run.load_state_dict(checkpoint)
+            with fits_its_settings(settings.output / LAST):
+                run.load_state_dict(checkpoint)
         log, tensorboard = settings.output / "log.jsonl", settings.output / "tensorboard"
         with (
             _open_log(log, run.log_bytes) if workers.writes else nullcontext() as run.log_file,
@@ -449,7 +451,9 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings
                 f"{name} is {now!s} but {before!s} in the run stored in {run}: "
                 f"take the stored value to go on with it, or another output"
             )
-    if checkpoint["latents"] != latents_fingerprint(settings.latents):
+    with fits_its_settings(run / file):
+        trained_on, _ = checkpoint["latents"], checkpoint["step"]
+    if trained_on != latents_fingerprint(settings.latents):
         raise ValueError(
             f"latents {settings.latents} are not those that the run stored in {run} was trained on, they were "
             "extracted again: take another --output, or delete the run"
