@@ -7,6 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def visible(text: str) -> str:
+    """Put escapes for what a terminal would obey or not show, as a line break in the name of a file."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Something of the source that was left out, or mended.
@@ -22,7 +27,7 @@ class Skipped:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return visible(f"{self.location}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
 
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
