@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -228,3 +229,22 @@ def test_tar_index_of_damaged_archives(tmp_path):
     (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"none.tar is not an uncompressed tar"):
         tar_index(tmp_path / "none.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -(2**60), 2**62])
+def test_a_tar_that_leads_before_its_start_or_behind_its_end(tmp_path, size):
+    """Found by tests/fuzz: an error of the system came from nowhere, or tarfile read the same member for ever."""
+    path = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+    content = path.read_bytes()
+    header = bytearray(content[1024:1536])
+    header[124:136] = bytes([0x80 if size > 0 else 0xFF]) + (size % 2**88).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(content[:1024] + header + content[1536:])
+    index = tar_index(path)
+    assert list(index.members) == ["a.txt"]
+    assert index.left_out == [("b.txt", "a member that is cut")] * (size > 0)
+    assert index.error is not None
+    path.write_bytes(header + content[512:])
+    with contextlib.suppress(ValueError):
+        assert tar_index(path).members == {}

@@ -29,6 +29,8 @@ from modest_align_train.tables import read_embedded
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
 _IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+# A damaged size or offset may lead anywhere.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, OSError, RecursionError)
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
@@ -394,22 +396,26 @@ def _tar_index(path: Path, modified_ns: int) -> TarIndex:
     left_out: list[tuple[str, str]] = []
     error = None
     size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            try:
-                for member in tar:
-                    if not member.isfile():
-                        left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
-                    elif member.offset_data + member.size > size:
-                        left_out.append((member.name, "a member that is cut"))
-                    else:
-                        if member.name in members:
-                            left_out.append((member.name, "the first of two files of that name"))
-                        members[member.name] = (member.offset_data, member.size)
-            except (tarfile.TarError, ValueError) as reason:
-                error = str(reason)
-    except tarfile.TarError as reason:
-        raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
+    with path.open("rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        except _TAR_ERRORS as reason:
+            raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
+        try:
+            for member in tar:
+                if member.size < 0:
+                    # The next one would be this one again, without end.
+                    raise ValueError(f"{member.name!r} has a size below 0")
+                if not member.isfile():
+                    left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
+                elif member.offset_data + member.size > size:
+                    left_out.append((member.name, "a member that is cut"))
+                else:
+                    if member.name in members:
+                        left_out.append((member.name, "the first of two files of that name"))
+                    members[member.name] = (member.offset_data, member.size)
+        except _TAR_ERRORS as reason:
+            error = str(reason)
     return TarIndex(members, left_out, error)
 
 

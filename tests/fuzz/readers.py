@@ -1,7 +1,7 @@
 """What reads files from elsewhere, given any bytes: it reads them, or says in one sentence why not.
 
-``python -m tests.fuzz.readers TARGET [CORPUS] [-max_total_time=600 ...]`` mutates the seeds below by what code they
-reach, with atheris and libFuzzer's flags; test_fuzz.py mutates them blindly, a little, in every run of the tests.
+``python -m tests.fuzz.readers TARGET [CORPUS or INPUT] [-max_total_time=600 ...]`` mutates the seeds below by what code
+they reach, with atheris and libFuzzer's flags; test_fuzz.py mutates them blindly, a little, in every run of the tests.
 """
 
 from __future__ import annotations
@@ -201,5 +201,6 @@ if __name__ == "__main__":
         if data:
             TARGETS[target](data)
 
-    atheris.Setup([*sys.argv, str(corpus), "-rss_limit_mb=4096", "-timeout=30"], run_one)
+    one_input = any(Path(word).is_file() for word in sys.argv[1:])
+    atheris.Setup([*sys.argv, *[str(corpus)][one_input:], "-rss_limit_mb=4096", "-timeout=30"], run_one)
     atheris.Fuzz()
