@@ -72,14 +72,15 @@ def fields_of(arguments: dict[str, list[str] | None]) -> list[str]:
     return [*arguments, *extents, "operand_dtype", *strides, *(["dx_dtype"] if "dx" in arguments else [])]
 
 
-def build(out: Path, libraries: list[str]) -> Path:
+def build(
+    out: Path, libraries: list[str], compiler: str = COMPILER, machine: str = "aarch64", sanitizer: str = "none"
+) -> Path:
     """The driver, with the objects of csrc/cpu that setup.py would put into the extension on such a machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, "machine", lambda: "aarch64")
-        setup = load_setup(patch, MODEST_ALIGN_CUDA="0", CXX=COMPILER)
+        patch.setattr(platform, "machine", lambda: machine)
+        setup = load_setup(patch, MODEST_ALIGN_CUDA="0", CXX=compiler, MODEST_ALIGN_SANITIZE=sanitizer)
         (out / "build.ninja").write_text(setup.ninja_file(out))
-    objects = [out / "cpu" / f"{source.stem}.baseline.o" for source in sorted((setup.CSRC / "cpu").glob("*.cpp"))]
-    objects = [o.with_name("dispatch.once.o") if o.name.startswith("dispatch.") else o for o in objects]
+    objects = re.findall(r"^build (\S+/cpu/\S+\.o):", (out / "build.ninja").read_text(), re.MULTILINE)
     subprocess.run([sys.executable, "-m", "ninja", "-C", out, *objects], check=True, capture_output=True)
     functions = (
         f"FUNCTION({name.removeprefix('cpu_')}{suffix}, {' '.join(f'FIELD({field})' for field in fields)})\n"
@@ -88,16 +89,17 @@ def build(out: Path, libraries: list[str]) -> Path:
     )
     (out / "functions.inc").write_text("".join(functions))
     driver = [HERE / "arm_driver.cpp", *objects, "-o", out / "driver", f"-I{setup.CSRC}", f"-I{out}", "-O1", "-Wall"]
-    subprocess.run([COMPILER, "-std=c++17", *driver, "-pthread", *libraries], check=True)
+    sanitize = [] if sanitizer == "none" else [f"-fsanitize={sanitizer}"]
+    subprocess.run([compiler, "-std=c++17", *driver, "-pthread", *sanitize, *libraries, "-ldl"], check=True)
     return out / "driver"
 
 
 class Arm:
     """Stands in for ``_C`` where the native backend calls it: hands copies of the memory to the driver and back."""
 
-    def __init__(self, driver: Path) -> None:
+    def __init__(self, *command: str | Path) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([EMULATOR, "-L", LIBRARIES, driver], **pipes)
+        self.process = subprocess.Popen(command, **pipes)
         self.level, bfloat16 = self.process.stdout.readline().decode().split()
         self.bfloat16 = bool(int(bfloat16))
         self.arguments = arguments_of_functions()
@@ -163,7 +165,8 @@ class Arm:
 def process(request: pytest.FixtureRequest) -> Iterator[Arm]:
     """With and without what PyTorch's wheels for Arm bring: GNU's OpenMP."""
     with tempfile.TemporaryDirectory() as out:
-        arm = Arm(build(Path(out), ["-Wl,--no-as-needed", "-lgomp"] if request.param == "OpenMP" else []))
+        driver = build(Path(out), ["-Wl,--no-as-needed", "-lgomp"] if request.param == "OpenMP" else [])
+        arm = Arm(EMULATOR, "-L", LIBRARIES, driver)
         arm.openmp = request.param == "OpenMP"
         yield arm
         arm.process.stdin.close()

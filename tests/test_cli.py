@@ -51,7 +51,7 @@ def test_python_m_is_the_same(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == f"modest-align: {tmp_path} is not a trained run: it has no best.pt\n"
+    assert done.stderr == f"modest-align: {tmp_path} is not a trained run: it has no best.safetensors\n"
 
 
 def test_doctor_is_the_library_s(monkeypatch, capsys):
@@ -79,7 +79,7 @@ def test_the_command_line_goes_before_the_file(tmp_path, config, capsys):
     assert "steps = 20\n" in printed
     assert "learn_scale = false\n" in printed
     assert "embedding_dim = 16\n" in printed
-    assert (tmp_path / "other" / "best.pt").is_file()
+    assert (tmp_path / "other" / "best.safetensors").is_file()
     assert run("evaluate", tmp_path / "other", "--bootstrap", 50) == 0
     assert "text to image" in capsys.readouterr().out
 

@@ -39,7 +39,7 @@ def test_quick_demo_from_the_command_line(tmp_path) -> None:
     assert "<td>{value:.1f}\n{low:.1f} to {high:.1f}</td>".format(**results["rows"][0]["top-1"]) in naming
     assert "data:image/" in page
     # what is done is not done again
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/last.pt")}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/last.safetensors")}
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "holds the latents of this source" in again.stderr + again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}

@@ -11,6 +11,7 @@ from train_data import trained_run, write_latents
 
 from modest_align_train import evaluate as module
 from modest_align_train.adapters import load_aligner
+from modest_align_train.checkpoints import BEST, named, part, read_checkpoint, write_checkpoint
 from modest_align_train.evaluate import (
     best_ranks,
     calibrate,
@@ -250,9 +251,8 @@ def test_an_evaluation_is_of_one_checkpoint_and_its_latents(tmp_path):
     result = evaluate(run, bootstrap=1)
     shutil.move(tmp_path / "latents", tmp_path / "away")
     assert load_evaluation(run) == result
-    state = torch.load(run / "best.pt", weights_only=True)
-    state["model"] = {name: value * 0.9 for name, value in state["model"].items()}
-    torch.save(state, run / "best.pt")
+    state, _ = read_checkpoint(run / BEST)
+    write_checkpoint(run / BEST, {**state, **named("model", {k: 0.9 * v for k, v in part(state, "model").items()})})
     with pytest.raises(FileNotFoundError, match="holds no latents"):
         load_evaluation(run)
     shutil.move(tmp_path / "away", tmp_path / "latents")
@@ -295,7 +295,7 @@ def test_chance_is_what_random_orders_give():
 
 
 def test_what_cannot_be_evaluated(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is not a trained run: it has no best\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"is not a trained run: it has no best\.safetensors"):
         evaluate(tmp_path)
     with pytest.raises(ValueError, match="bootstrap must be at least 1, got 0"):
         evaluate(tmp_path, bootstrap=0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,12 @@ from train_data import trained_run
 
 from modest_align_train import extract as extract_module
 from modest_align_train import search as search_module
+from modest_align_train import train as train_module
+from modest_align_train import tune as tune_module
+from modest_align_train.checkpoints import PREVIOUS
 from modest_align_train.cli import main
 from modest_align_train.encoders import ImageEncoder, TextEncoder
+from modest_align_train.files import folder_of_its_own
 
 CPU = torch.device("cpu")
 
@@ -155,9 +162,9 @@ def test_a_folder_that_cannot_be_written_to(name, run, capsys):
     [
         ("latents/manifest.json", "evaluate"),
         ("latents/manifest.json", "train"),
-        ("run/best.pt", "evaluate"),
-        ("run/best.pt", "search"),
-        ("run/last.pt", "train"),
+        ("run/best.safetensors", "evaluate"),
+        ("run/best.safetensors", "search"),
+        ("run/last.safetensors", "train"),
         ("run/settings.toml", "evaluate"),
         ("run/evaluation.json", "report"),
         ("run/ranks.safetensors", "report"),
@@ -169,8 +176,45 @@ def test_a_damaged_file(file, name, content, run, capsys):
     path.write_bytes(content if content != b"{}" or path.suffix == ".json" else path.read_bytes()[:-20])
     words = COMMANDS[name](run, lambda file: run if name == "train" else run.parent / file)
     if name == "train":
+        (run / PREVIOUS).unlink()
         words = (*words[:-1], 300)
     if file.endswith("evaluation.json") and content == b"{}":
         assert main([str(word) for word in words]) == 0  # of something else: made again
     else:
         assert str(path) in sentence(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["extract", "train", "tune"])
+def test_two_processes_in_one_folder(name, run, capsys, monkeypatch):
+    output = run.parent / "out"
+    words = {
+        "extract": (pairs(run.parent), output),
+        "train": ("--config", run / "settings.toml", "--output", output, "--steps", 3),
+        "tune": (run.parent / "latents", output, "--noise", 0, "--smoothing", 0, "--seeds", 1),
+    }[name]
+    hold = (
+        "import sys, time, pathlib; from modest_align_train.files import folder_of_its_own\n"
+        "with folder_of_its_own(pathlib.Path(sys.argv[1])): print('has it', flush=True); time.sleep(600)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "python"), *filter(None, sys.path)])
+    command, environment = [sys.executable, "-c", hold, output], {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "has it\n"
+        said = sentence(capsys, name, *words)
+        assert f"output {output} is being written by another process: wait until it ends, or take another" in said
+        assert [path.name for path in output.iterdir()] == [".lock"]
+        other.kill()  # and has it no longer
+    module, function = {
+        "extract": (extract_module, "write_shard"),
+        "train": (train_module, "training_step"),
+        "tune": (tune_module, "_bind"),
+    }[name]
+
+    def look(*_):
+        with pytest.raises(ValueError, match="is being written by another process"), folder_of_its_own(output):
+            pass
+        raise ValueError("nobody else can have it")
+
+    monkeypatch.setattr(module, function, look)
+    assert sentence(capsys, name, *words) == "nobody else can have it"
+    assert not (output / ".lock").exists()

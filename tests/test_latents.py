@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from train_data import write_store, write_tar
 
 from modest_align_train import latents as module
@@ -137,6 +140,61 @@ def test_damage_is_noticed(stored):
         load_latents(directory)
 
 
+@pytest.mark.parametrize("name", ["../out/shard-00000", "/out/shard-00000", "shard-00000/../../x", "shard-1", ""])
+def test_a_manifest_that_points_outside_its_folder(stored, name):
+    directory = stored[0]
+    path = directory / MANIFEST
+    manifest = json.loads(path.read_text())
+    shard = manifest["shards"][0]
+    # The file would be there, and be the one that was written.
+    shard["sha256"] = {file.replace(shard["name"], name): digest for file, digest in shard["sha256"].items()}
+    for named in (name, shard["name"]):
+        shard["name"] = named
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=r"the manifest in .* must name files of that folder like .*, got '"):
+            load_latents(directory)
+
+
+DAMAGES = [
+    (lambda manifest: [manifest], "has format version None, wanted 2"),
+    (lambda manifest: {**manifest, "shards": None}, r"is damaged \(shards: Input should be a valid list\): delete"),
+    (lambda manifest: {**manifest, "shards": [{}]}, r"is damaged \(shards\.0\.name: Field required\)"),
+    (lambda manifest: {**manifest, "text_dim": -1}, r"is damaged \(text_dim: Input should be greater than or equal"),
+    (lambda manifest: {**manifest, "image_dim": 10**12}, "has other numbers than its shards"),
+    (lambda manifest: {**manifest, "images": 10**12}, "has other numbers than its shards"),
+    (lambda manifest: {**manifest, "image_dim": 2}, "has other numbers than its shards"),
+]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
+def test_a_damaged_manifest(stored, damage, sentence):
+    path = stored[0] / MANIFEST
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=sentence):
+        load_latents(stored[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"shard-00000.jsonl": b""},
+        {"shard-00000.jsonl": b"[]\n"},
+        {"shard-00000.safetensors": bytes(100)},
+        {"shard-00000.safetensors": save({"image": torch.ones(()), "text": torch.ones(())})},
+    ],
+    ids=["no records", "other records", "no tensors", "other tensors"],
+)
+def test_a_shard_that_is_whole_but_none(stored, content):
+    path = stored[0] / MANIFEST
+    manifest = json.loads(path.read_text())
+    for name, data in content.items():
+        (stored[0] / name).write_bytes(data)
+        manifest["shards"][0]["sha256"][name] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors and \.jsonl are no shard: extract again"):
+        load_latents(stored[0])
+
+
 def test_another_format_version(stored):
     path = stored[0] / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
@@ -211,3 +269,22 @@ def test_tar_index_of_damaged_archives(tmp_path):
     (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"none.tar is not an uncompressed tar"):
         tar_index(tmp_path / "none.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -(2**60), 2**62])
+def test_a_tar_that_leads_before_its_start_or_behind_its_end(tmp_path, size):
+    """Found by tests/fuzz: an error of the system came from nowhere, or tarfile read the same member for ever."""
+    path = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+    content = path.read_bytes()
+    header = bytearray(content[1024:1536])
+    header[124:136] = bytes([0x80 if size > 0 else 0xFF]) + (size % 2**88).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(content[:1024] + header + content[1536:])
+    index = tar_index(path)
+    assert list(index.members) == ["a.txt"]
+    assert index.left_out == [("b.txt", "a member that is cut")] * (size > 0)
+    assert index.error is not None
+    path.write_bytes(header + content[512:])
+    with contextlib.suppress(ValueError):
+        assert tar_index(path).members == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import sys
@@ -195,6 +196,48 @@ def test_an_svg_of_any_size_is_drawn_small(size, drawn):
     pytest.importorskip("resvg_py")
     svg = f'<!--{"x" * 9000}--><svg xmlns="http://www.w3.org/2000/svg" {size}/>'
     assert decode_picture(svg.encode()).size == drawn
+
+
+XLINK = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:x="http://www.w3.org/1999/xlink" width="9" height="9">%s</svg>'
+IMAGE = '<image href="%s" width="9" height="9"/>'
+FILLED = '<rect width="9" height="9" %s/>'
+HOSTILE = {
+    "href": lambda path: XLINK % IMAGE % path,
+    "xlink": lambda path: XLINK % IMAGE.replace("href", "x:href") % path,
+    "file URL": lambda path: XLINK % IMAGE % f"file://{path}",
+    "character": lambda path: XLINK % IMAGE % f"&#47;{path}",
+    "entity": lambda path: f"<!DOCTYPE svg [<!ENTITY e '{IMAGE.replace('f=', '&#102;=') % path}'>]>{XLINK % '&e;'}",
+    "pattern": lambda path: XLINK % (
+        f'<pattern id="p" width="9" height="9">{IMAGE % path}</pattern>' + FILLED % 'fill="url(#p)"'
+    ),
+    "filter": lambda path: XLINK % (f'<filter id="f"><feImage href="{path}"/></filter>' + FILLED % 'filter="url(#f)"'),
+    "nested": lambda path: XLINK % IMAGE % (
+        f"data:image/svg+xml;base64,{base64.b64encode((XLINK % IMAGE % path).encode()).decode()}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_svg_draws_nothing_from_other_files(tmp_path, name):
+    pytest.importorskip("resvg_py")
+    (tmp_path / "secret.png").write_bytes(red("PNG"))
+    picture = decode_picture(HOSTILE[name](tmp_path / "secret.png").encode())
+    assert picture.getcolors() == [(512 * 512, (255, 255, 255))]
+
+
+def test_an_svg_draws_what_it_holds():
+    pytest.importorskip("resvg_py")
+    uri = f"data:image/png;base64,{base64.b64encode(red('PNG')).decode()}"
+    assert decode_picture((XLINK % IMAGE % uri).encode()).getpixel((99, 99)) == RED
+    use = '<defs><rect id="r" width="9" height="9" fill="#c81e3c"/></defs><use href="#r"/>'
+    assert decode_picture((XLINK % use).encode()).getpixel((99, 99)) == RED
+
+
+def test_an_svg_that_would_grow():
+    pytest.importorskip("resvg_py")
+    entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 10))
+    with pytest.raises(UnreadableError, match="damaged image"):
+        decode_picture(f'<!DOCTYPE svg [<!ENTITY e0 "ha">{entities}]><svg><text>&e9;</text></svg>'.encode())
 
 
 def test_heic(monkeypatch):

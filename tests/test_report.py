@@ -195,7 +195,7 @@ def test_a_page_shows_nothing_stale(root):
     evaluation["mean"]["R@1"]["value"] = 12.3
     stored.write_text(json.dumps(evaluation))
     assert "for 12.3% of the queries" in visible(page_of([root / "plain"], root))
-    shutil.copy(root / "noisy" / "best.pt", root / "plain" / "best.pt")
+    shutil.copy(root / "noisy" / "best.safetensors", root / "plain" / "best.safetensors")
     assert "12.3%" not in visible(page_of([root / "plain"], root))
     del evaluation["checkpoint"]  # as versions wrote it that did not say what an evaluation is of
     stored.write_text(json.dumps(evaluation))

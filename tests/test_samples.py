@@ -135,6 +135,13 @@ def test_members_that_are_no_files(tmp_path):
     )
 
 
+def test_names_that_a_terminal_would_obey(tmp_path):
+    """Found by tests/fuzz: a line break in the name of a member made two lines of a sentence."""
+    path = write_tar(tmp_path / "t.tar", {"a\n\x1b[2J.doc": b"x"})
+    with pytest.raises(ValueError, match=r"holds no image with a caption \(.*::a\\n\\x1b\[2J\.doc: neither a pict"):
+        read_source(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no tar", b"\x1f\x8b\x08 a compressed one"])
 def test_a_damaged_shard_costs_itself_alone(tmp_path, content):
     write_tar(tmp_path / "0.tar", {"a.jpg": b"", "a.txt": b"one"})
@@ -294,6 +301,6 @@ def test_text_that_is_no_unicode(tmp_path):
     assert [record.captions for record in source.records] == [("half \ufffd of a smile",), ("a 😀 smile",)]
     assert sorted(str(one).removeprefix(f"{tmp_path}/") for one in source.skipped) == [
         "a.png: a caption that was no Unicode text, mended",
-        "\ufffd\0: a name that is not UTF-8, or holds a zero byte",
         "\ufffd.png: a name that is not UTF-8, or holds a zero byte",
+        "\ufffd\\x00: a name that is not UTF-8, or holds a zero byte",
     ]

@@ -144,7 +144,7 @@ def test_an_image_is_told_by_its_content(run, tmp_path):
 
 
 def test_an_untrained_run_gets_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no best\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"has no best\.safetensors"):
         search(tmp_path, "a square")
 
 

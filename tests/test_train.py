@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_data import IMAGE_DIM, TEXT_DIM, forget_latents, small_settings, write_latents
+from train_data import IMAGE_DIM, TEXT_DIM, assert_same_run, read_log, small_settings, write_latents
 
 import modest_align_train.latents as latents_module
 import modest_align_train.train as module
 from modest_align_train.adapters import Aligner, load_aligner
+from modest_align_train.checkpoints import BEST, LAST, PREVIOUS, part, read_checkpoint
 from modest_align_train.evaluate import evaluate
 from modest_align_train.latents import load_latents
 from modest_align_train.settings import Settings, read_settings
@@ -28,14 +28,8 @@ from modest_align_train.train import Batches, fuse, learning_rate, train
 CPU = torch.device("cpu")
 
 
-def read_log(run: Path) -> list[dict]:
-    """Lines of the log without the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
 def checkpoint(run: Path, name: str = "last") -> dict:
-    return torch.load(run / f"{name}.pt", weights_only=True)
+    return read_checkpoint(run / f"{name}.safetensors")[0]
 
 
 def change_step(monkeypatch, number: int, change) -> list[int]:
@@ -49,13 +43,6 @@ def change_step(monkeypatch, number: int, change) -> list[int]:
 
     monkeypatch.setattr(module, "training_step", step)
     return calls
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert read_log(a) == read_log(b)
-    for name, value in checkpoint(a)["model"].items():
-        assert torch.equal(value, checkpoint(b)["model"][name]), name
-    assert checkpoint(a, "best")["step"] == checkpoint(b, "best")["step"]
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path, capsys):
@@ -79,7 +66,7 @@ def test_a_run_learns_and_leaves_everything(tmp_path, capsys):
         board.Tags()["scalars"]
     )
     assert sorted(path.name for path in run.iterdir()) == [
-        "best.pt", "last.pt", "log.jsonl", "settings.toml", "tensorboard",
+        "best.safetensors", "last.safetensors", "log.jsonl", "previous.safetensors", "settings.toml", "tensorboard",
     ]  # fmt: skip
 
 
@@ -108,10 +95,10 @@ def test_the_kept_step_is_said(tmp_path, monkeypatch, capsys):
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
     settings = small_settings(tmp_path)
     run = train(settings, progress=False)
-    before = (run / "last.pt").read_bytes()
+    before = (run / LAST).read_bytes()
     assert train(settings) == run
     assert "is finished: all its 40 steps are done" in capsys.readouterr().out
-    assert (run / "last.pt").read_bytes() == before
+    assert (run / LAST).read_bytes() == before
 
 
 def test_the_seed_governs_everything_and_nothing_leaks(tmp_path):
@@ -210,25 +197,33 @@ def test_a_run_is_bound_to_its_latents(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "latents", tmp_path / "kept")
     write_again(tmp_path / "latents")
     for settings in (finished, stopped):
-        before = (settings.output / "last.pt").read_bytes()
+        before = (settings.output / LAST).read_bytes()
         with pytest.raises(
             ValueError, match=r"latents .* are not those that the run stored in .*extracted again: take"
         ):
             train(settings, progress=False)
-        assert (settings.output / "last.pt").read_bytes() == before
+        assert (settings.output / LAST).read_bytes() == before
     shutil.rmtree(tmp_path / "latents")
     (tmp_path / "kept").rename(tmp_path / "latents")
     assert train(finished, progress=False) == finished.output
     assert_same_run(train(stopped, progress=False), finished.output)
 
 
-def test_a_run_that_did_not_note_its_latents_does_not_go_on(tmp_path):
+def test_a_run_of_an_earlier_version_is_refused(tmp_path):
     run = train(small_settings(tmp_path), progress=False)
-    forget_latents(run)
-    with pytest.raises(ValueError, match=r"or an earlier version trained it, which did not note them: take another --"):
-        train(small_settings(tmp_path), progress=False)
-    with pytest.warns(UserWarning, match=r"is of an earlier version, which did not note its latents"):
-        assert evaluate(run, bootstrap=1)["images"] == 40
+    for name in (BEST, LAST):
+        (run / name).rename((run / name).with_suffix(".pt"))
+    (run / PREVIOUS).unlink()
+    before = sorted(run.iterdir())
+    for use, name in (
+        (lambda: train(small_settings(tmp_path), progress=False), "last"),
+        (lambda: evaluate(run), "best"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"run/{name}\.pt is of an earlier version, which this one does not read: "
+        ):
+            use()
+    assert sorted(run.iterdir()) == before
 
 
 def test_a_moved_run_goes_on(tmp_path):
@@ -265,7 +260,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatc
     change_step(monkeypatch, 7, spoil)
     with pytest.raises(FloatingPointError, match=r"a weight is not finite at step 7 of .*no checkpoint yet"):
         train(settings, progress=False)
-    assert not (settings.output / "last.pt").exists()
+    assert not (settings.output / LAST).exists()
 
 
 def test_without_a_validation_split_the_last_is_the_best(tmp_path):
@@ -275,8 +270,8 @@ def test_without_a_validation_split_the_last_is_the_best(tmp_path):
         run = train(settings, progress=False)
     best = checkpoint(run, "best")
     assert best["step"] == 40
-    for name, value in checkpoint(run)["model"].items():
-        assert torch.equal(value, best["model"][name])
+    for name, value in part(checkpoint(run), "model").items():
+        assert torch.equal(value, best[f"model.{name}"])
 
 
 def test_the_test_split_is_never_touched(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from train_data import write_latents
 
+from modest_align_train.checkpoints import LAST, part, read_checkpoint
 from modest_align_train.latents import PARTIAL_MANIFEST
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
@@ -92,11 +93,11 @@ def test_a_killed_worker_ends_the_others_and_another_number_goes_on(latents: Pat
     output = tmp_path / "run"
     printed = fails(2, "killed in step 15", *words(latents, output))
     assert "SIGKILL" in printed
-    assert torch.load(output / "last.pt", weights_only=True)["step"] == 10
+    assert read_checkpoint(output / LAST)[0]["step"] == 10
     printed = run(3, *words(latents, output))
     assert printed.count("trained: ") == 1
     assert_same_run(alone, output)
-    state, one = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (output, alone))
+    state, one = (part(read_checkpoint(folder / LAST)[0], "model") for folder in (output, alone))
     for name, value in one.items():
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
 

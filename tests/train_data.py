@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from modest_align_train.checkpoints import BEST, LAST, part, read_checkpoint
 from modest_align_train.latents import Record, write_manifest, write_shard
 from modest_align_train.settings import Settings
 from modest_align_train.train import train
@@ -84,9 +85,23 @@ def trained_run(tmp_path: Path) -> Path:
     return train(small_settings(tmp_path, steps=300, validate_every=50), progress=False)
 
 
-def forget_latents(run: Path) -> None:
-    """Make a run as versions left it that did not note which latents it was trained on."""
-    for name in ("best.pt", "last.pt"):
-        state = torch.load(run / name, weights_only=True)
-        del state["latents"]
-        torch.save(state, run / name)
+def read_log(run: Path) -> list[dict]:
+    """Lines of the log without the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same losses and recalls, last weights and best weights, bit for bit."""
+    assert read_log(a) == read_log(b)
+    for name in (LAST, BEST):
+        one, other = (read_checkpoint(run / name)[0] for run in (a, b))
+        assert one["step"] == other["step"]
+        for parameter, value in part(one, "model").items():
+            assert torch.equal(value, other[f"model.{parameter}"]), parameter
+
+
+def train_in_one_thread(settings: Settings) -> None:
+    """What a process of its own runs, so that its bits are those of the tests."""
+    torch.set_num_threads(1)
+    train(settings, progress=False)

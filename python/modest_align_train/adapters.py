@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import dropout, gelu, normalize
 
 from modest_align_kernels import ModestAlignLoss
+from modest_align_train.checkpoints import BEST, fits_its_settings, has_checkpoint, part, read_checkpoint
 from modest_align_train.latents import Latents, latents_fingerprint, load_latents
 from modest_align_train.rows import Rows
 from modest_align_train.settings import Settings, run_settings
@@ -156,14 +153,14 @@ class Checkpoint:
     Attributes:
         run: Run directory.
         aligner: In `eval()` mode.
-        digest: SHA-256 of its file.
-        trained_on: `latents_fingerprint` of the run's latents; None in a run of an earlier version.
+        digest: Its checksum.
+        trained_on: `latents_fingerprint` of the run's latents.
     """
 
     run: Path
     aligner: Aligner
     digest: str
-    trained_on: str | None
+    trained_on: str
 
     def find_latents(self, directory: Path | str | None = None) -> tuple[Path, str]:
         """Find the latents to use with the run: the directory, by default that of the training, and the fingerprint.
@@ -176,15 +173,9 @@ class Checkpoint:
         found = own if directory is None else Path(directory)
         fingerprint = latents_fingerprint(found)
         if found.resolve() == own.resolve() and fingerprint != self.trained_on:
-            if self.trained_on is not None:
-                raise ValueError(
-                    f"latents {own} are not those that {self.run} was trained on, they were extracted again: "
-                    "train into another --output, or name others by --latents"
-                )
-            warnings.warn(
-                f"{self.run} is of an earlier version, which did not note its latents: nothing tells whether those in "
-                f"{own} are still the same",
-                stacklevel=3,
+            raise ValueError(
+                f"latents {own} are not those that {self.run} was trained on, they were extracted again: "
+                "train into another --output, or name others by --latents"
             )
         return found, fingerprint
 
@@ -198,20 +189,6 @@ def load_aligner(run: Path | str, device: torch.device | str = "cpu") -> Aligner
     return load_checkpoint(run, device).aligner
 
 
-def read_state(path: Path, device: torch.device | str) -> tuple[dict[str, Any], str]:
-    """Read a file of `torch.save`: the dict, with its tensors on the device, and the SHA-256 of the file.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    content = path.read_bytes()
-    try:
-        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except Exception:  # torch raises anything on damaged files
-        raise ValueError(f"{path} is damaged: train into another --output, or delete this one") from None
-    return state, hashlib.sha256(content).hexdigest()
-
-
 def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Load the best checkpoint of a run.
 
@@ -221,13 +198,15 @@ def load_checkpoint(run: Path | str, device: torch.device | str = "cpu") -> Chec
 
     Raises:
         FileNotFoundError: The run has no best checkpoint.
+        ValueError: It is damaged, of an earlier version, or does not fit the run's settings.
     """
     run = Path(run)
-    if not (run / "best.pt").is_file():
-        raise FileNotFoundError(f"{run} is not a trained run: it has no best.pt")
+    if not has_checkpoint(run / BEST):
+        raise FileNotFoundError(f"{run} is not a trained run: it has no {BEST}")
+    state, digest = read_checkpoint(run / BEST, device)
     # A run trained with a backend that this machine lacks must still load.
     settings = replace(run_settings(run), backend="auto")
-    state, digest = read_state(run / "best.pt", device)
-    aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
-    aligner.load_state_dict(state["model"])
-    return Checkpoint(run, aligner.eval(), digest, state.get("latents"))
+    with fits_its_settings(run / BEST):
+        aligner = Aligner(state["image_dim"], state["text_dim"], settings).to(device)
+        aligner.load_state_dict(part(state, "model"))
+        return Checkpoint(run, aligner.eval(), digest, state["latents"])

@@ -26,6 +26,7 @@ from modest_align_train.settings import (
     Settings,
     read_settings,
 )
+from modest_align_train.skips import visible
 
 # Modules that need torch are imported by the subcommands, so that --help is quick.
 
@@ -126,7 +127,7 @@ def _end(process: int, sentence: str) -> int:
     if process:
         # torchrun ends all processes with the first that ends: let it be process 0, which has the same sentence to say.
         time.sleep(_FIRST_SPEAKS)
-    print(f"modest-align: {sentence}", file=sys.stderr)
+    print(f"modest-align: {visible(sentence)}", file=sys.stderr)
     return 2
 
 

@@ -121,7 +121,7 @@ def load_evaluation(run: Path | str, *, latents: Path | str | None = None, split
     try:
         fingerprint = checkpoint.find_latents(latents)[1]
     except FileNotFoundError:
-        if latents is not None or checkpoint.trained_on is None:
+        if latents is not None:
             raise
         fingerprint = checkpoint.trained_on
     path = run / _file_names(split, fingerprint, checkpoint)[0]
@@ -136,7 +136,7 @@ def load_evaluation(run: Path | str, *, latents: Path | str | None = None, split
 def _file_names(split: str, fingerprint: str, checkpoint: Checkpoint) -> tuple[str, str]:
     """Names of the files for what was found and for the ranks."""
     parts = [split] if split != "test" else []
-    if checkpoint.trained_on not in (None, fingerprint):
+    if checkpoint.trained_on != fingerprint:
         parts.append(fingerprint[:8])
     return "-".join(["evaluation", *parts]) + ".json", "-".join(["ranks", *parts]) + ".safetensors"
 

@@ -103,7 +103,7 @@ def extract(
 
     Raises:
         ValueError: The source or an argument cannot be understood, no image can be read, ``output`` holds latents of
-            something else, or a latent is too large for its type.
+            something else, a latent is too large for its type, or another process is writing into it.
         FileNotFoundError: The source is not there.
         ImportError: An encoder's package is missing.
     """
@@ -112,9 +112,6 @@ def extract(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype}")
-    output = Path(output)
-    if output.is_file():
-        raise ValueError(f"output must be a folder, got the file {output}")
     caption_column = [caption_column] if isinstance(caption_column, str) else list(caption_column or []) or None
     files = find_files(source)
     origin = {
@@ -132,6 +129,20 @@ def extract(
         "group_column": group_column,
         "dtype": dtype,
     }
+    with workers.alone_in(Path(output)):
+        return _extract(files, Path(output), origin, batch_size, shard_size, device, progress, workers)
+
+
+def _extract(
+    files: Sequence[Path],
+    output: Path,
+    origin: dict[str, Any],
+    batch_size: int | None,
+    shard_size: int,
+    device: str,
+    progress: bool,
+    workers: Workers,
+) -> Latents:
     progress = progress and workers.writes
     say: Callable[[str], object] = tqdm.write if progress else lambda line: None
 
@@ -140,20 +151,13 @@ def extract(
             say(f"{output} holds the latents of this source and these encoders already")
             return None
         partial = _stored(output / PARTIAL_MANIFEST, origin)
-        contents = read_source(
-            files,
-            split=split,
-            image_column=image_column,
-            caption_column=caption_column,
-            image_root=image_root,
-            group_column=group_column,
-        )
+        arguments = ("split", "image_column", "caption_column", "image_root", "group_column")
+        contents = read_source(files, **{name: origin[name] for name in arguments})
         say(f"{len(contents.records):,} images; splits: {contents.split_rule}")
         for sentence in contents.found:
             say(sentence)
-        encode_images = load_image_encoder(image_encoder, workers.device or device)
-        encode_texts = load_text_encoder(text_encoder, workers.device or device)
-        output.mkdir(parents=True, exist_ok=True)
+        encode_images = load_image_encoder(origin["image_encoder"], workers.device or device)
+        encode_texts = load_text_encoder(origin["text_encoder"], workers.device or device)
         shards = _whole_shards(output, partial["shards"] if partial else [])
         return contents, encode_images, encode_texts, shards, partial is not None
 
@@ -192,7 +196,7 @@ def extract(
             text, faulty = _encode_captions(kept, encode_texts, bar.update, unfinished)
             counts = torch.tensor([len(record.captions) for record in kept], dtype=torch.int64)
             caption_image = torch.arange(len(kept)).repeat_interleave(counts)
-            image, text = (_as_stored(latents, dtype) for latents in (image, text))
+            image, text = (_as_stored(latents, origin["dtype"]) for latents in (image, text))
             written = write_shard(output, index, image, text, caption_image, kept)
             kept_apart = {"skipped": list(map(asdict, unread)), "faulty": list(map(asdict, faulty))}
             return {**written, "records": len(records), **kept_apart}
@@ -286,7 +290,7 @@ def _whole_shards(output: Path, shards: list[dict[str, Any]]) -> list[dict[str, 
     for count, shard in enumerate(shards):
         try:
             read_shard(output, shard)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return shards[:count]
     return shards
 

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -29,12 +31,15 @@ from modest_align_train.tables import read_embedded
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
 _IN_ARCHIVE = re.compile(r"(.+?\.(?:tar|parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+# A damaged size or offset may lead anywhere.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, OSError, RecursionError)
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SPLITS = ("train", "validation", "test")
 # Latents of more bytes than that, in float32, stay on disk.
 IN_MEMORY = 2**30
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_SHARD_NAME = re.compile(r"shard-[0-9]{5,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,34 @@ class Record:
     split: str
     group: str
     location: str
+
+
+_RECORD = TypeAdapter(Record)
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    images: _Count
+    captions: _Count
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest must have; it may have more."""
+
+    image_encoder: str
+    text_encoder: str
+    image_dim: _Count
+    text_dim: _Count
+    images: _Count
+    captions: _Count
+    shards: list[_Shard]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -197,8 +230,15 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor
 
     Raises:
         FileNotFoundError: One of its files is missing.
-        ValueError: One of its files is not the one that was written.
+        ValueError: One of its files is not the one that was written, is no part of a shard, or is not of this folder.
     """
+    name = entry["name"]
+    if not _SHARD_NAME.fullmatch(name) or entry["sha256"].keys() != {f"{name}.safetensors", f"{name}.jsonl"}:
+        names = ", ".join(map(repr, entry["sha256"]))
+        raise ValueError(
+            f"the manifest in {directory} must name files of that folder like shard-00000.safetensors and .jsonl, "
+            f"got {names}"
+        )
     content = {}
     for file_name, expected in entry["sha256"].items():
         path = directory / file_name
@@ -207,17 +247,29 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, Tensor
         content[path.suffix] = path.read_bytes()
         if hashlib.sha256(content[path.suffix]).hexdigest() != expected:
             raise ValueError(f"{path} is damaged (its checksum differs): delete {directory} and extract again")
-    records = []
-    # Not splitlines(), which also breaks at separators that a caption may hold.
-    for line in content[".jsonl"].decode().split("\n")[:-1]:
-        fields = json.loads(line)
-        records.append(Record(**{**fields, "captions": tuple(fields["captions"])}))
     tensors = content[".safetensors"]
+    try:
+        # Not splitlines(), which also breaks at separators that a caption may hold.
+        records = [_RECORD.validate_json(line) for line in content[".jsonl"].split(b"\n")[:-1]]
+        found = load_safetensors(tensors)
+        counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
+        caption_image = torch.arange(len(records)).repeat_interleave(counts)
+        rows = [len(records), len(caption_image)]
+        whole = (
+            [len(found["image"]), len(found["text"])] == [entry["images"], entry["captions"]] == rows
+            and found["image"].ndim == found["text"].ndim == 2
+            and found["image"].dtype == found["text"].dtype in DTYPES.values()
+            and torch.equal(found["caption_image"], caption_image)
+        )
+    except (SafetensorError, ValueError, LookupError, TypeError):  # TypeError: the length of a 0-dim tensor
+        whole = False
+    if not whole:
+        raise ValueError(f"{directory / entry['name']}.safetensors and .jsonl are no shard: extract again")
     # The format: the size of a header, the header with places behind it, the tensors.
     header_end = 8 + int.from_bytes(tensors[:8], "little")
     header = json.loads(tensors[8:header_end])
     start = {name: header_end + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
-    return load_safetensors(tensors), records, start
+    return found, records, start
 
 
 def load_latents(directory: Path | str) -> Latents:
@@ -235,6 +287,7 @@ def load_latents(directory: Path | str) -> Latents:
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
+    _check_sizes(directory, manifest)
     sides = {"image": ("images", manifest["image_dim"]), "text": ("captions", manifest["text_dim"])}
     on_disk = sum(4 * manifest[rows] * features for rows, features in sides.values()) > IN_MEMORY
     parts: dict[str, list[Tensor]] = {name: [] for name in ("caption_image", *sides)}
@@ -242,6 +295,8 @@ def load_latents(directory: Path | str) -> Latents:
     records: list[Record] = []
     for entry in tqdm(manifest["shards"], "reading latents", leave=False, delay=2):
         tensors, shard_records, start = read_shard(directory, entry)
+        if [tensors[name].shape[1] for name in ("image", "text")] != [manifest["image_dim"], manifest["text_dim"]]:
+            raise _other_numbers(directory)
         parts["caption_image"].append(tensors["caption_image"] + len(records))
         for name in sides:
             starts[name].append(start[name])
@@ -298,10 +353,35 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         state = "an unfinished extraction" if (directory / PARTIAL_MANIFEST).is_file() else "no latents"
         raise FileNotFoundError(f"{directory} holds {state} ({MANIFEST} is missing): run extract into it first")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest.get("format_version") not in _READABLE_VERSIONS:
-        raise ValueError(f"{path} has format version {manifest.get('format_version')}, wanted {FORMAT_VERSION}")
+    manifest = read_json(path)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version not in _READABLE_VERSIONS:
+        raise ValueError(f"{path} has format version {version}, wanted {FORMAT_VERSION}")
+    try:
+        _MANIFEST.validate_python(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged ({place}: {first['msg']}): delete {directory} and extract again") from None
     return manifest
+
+
+def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
+    """See that a manifest's numbers are those of its shards, before there is memory for so many."""
+    sides = {"images": "image_dim", "captions": "text_dim"}
+    shards = manifest["shards"]
+    whole = all(manifest[rows] == sum(shard[rows] for shard in shards) for rows in sides)
+    for shard in shards:
+        file = directory / f"{shard['name']}.safetensors"
+        # Of two bytes at least is a number.
+        size = 2 * sum(shard[rows] * manifest[features] for rows, features in sides.items())
+        whole = whole and (not file.is_file() or size <= file.stat().st_size)
+    if not whole:
+        raise _other_numbers(directory)
+
+
+def _other_numbers(directory: Path) -> ValueError:
+    return ValueError(f"{directory / MANIFEST} has other numbers than its shards: delete {directory} and extract again")
 
 
 def _numbers(names: Iterable[str]) -> Tensor:
@@ -344,22 +424,26 @@ def _tar_index(path: Path, modified_ns: int) -> TarIndex:
     left_out: list[tuple[str, str]] = []
     error = None
     size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            try:
-                for member in tar:
-                    if not member.isfile():
-                        left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
-                    elif member.offset_data + member.size > size:
-                        left_out.append((member.name, "a member that is cut"))
-                    else:
-                        if member.name in members:
-                            left_out.append((member.name, "the first of two files of that name"))
-                        members[member.name] = (member.offset_data, member.size)
-            except (tarfile.TarError, ValueError) as reason:
-                error = str(reason)
-    except tarfile.TarError as reason:
-        raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
+    with path.open("rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        except _TAR_ERRORS as reason:
+            raise ValueError(f"{path} is not an uncompressed tar ({reason})") from None
+        try:
+            for member in tar:
+                if member.size < 0:
+                    # The next one would be this one again, without end.
+                    raise ValueError(f"{member.name!r} has a size below 0")
+                if not member.isfile():
+                    left_out += [] if member.isdir() else [(member.name, "a link or device, no file")]
+                elif member.offset_data + member.size > size:
+                    left_out.append((member.name, "a member that is cut"))
+                else:
+                    if member.name in members:
+                        left_out.append((member.name, "the first of two files of that name"))
+                    members[member.name] = (member.offset_data, member.size)
+        except _TAR_ERRORS as reason:
+            error = str(reason)
     return TarIndex(members, left_out, error)
 
 

@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 from contextlib import suppress
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -138,10 +139,20 @@ def _draw_svg(data: bytes) -> bytes:
         raise UnreadableError("an SVG picture", _EXTRA) from None
     try:
         # Both sides bound the picture, whose proportions stay; sizes in millimetres or inches need dots per inch.
-        text = data.decode("utf-8-sig")
+        text = _without_files(data)
         return bytes(resvg_py.svg_to_bytes(svg_string=text, width=_SVG_SIDE, height=_SVG_SIDE, dpi=96))
     except Exception as error:
         raise UnreadableError("damaged image", error) from None
+
+
+def _without_files(svg: bytes) -> str:
+    """Leave out what an SVG would draw from other files: they may be anywhere on the disk."""
+    root = ElementTree.fromstring(svg)  # expands entities, which may hold markup
+    for element in root.iter():
+        for name, value in list(element.attrib.items()):
+            if name.rpartition("}")[2] == "href" and not value.strip().startswith(("#", "data:")):
+                del element.attrib[name]
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _open_heic(data: bytes) -> Image.Image:

@@ -20,6 +20,7 @@ from modest_align_train.files import atomic_path
 from modest_align_train.latents import open_image
 from modest_align_train.pictures import IMAGE_SUFFIXES
 from modest_align_train.rows import Rows
+from modest_align_train.skips import visible
 
 SHEET_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -141,8 +142,8 @@ def format_hits(hits: Sequence[Hit], width: int = 100) -> str:
     caption_width = max(width - key_width - 16, 20)
     lines = [f"{'rank':>4}  {'cosine':>6}  {'caption':<{caption_width}}  image"]
     for hit in hits:
-        captions = textwrap.shorten(" | ".join(hit.captions), caption_width, placeholder="…")
-        lines.append(f"{hit.rank:>4}  {hit.score:>6.3f}  {captions:<{caption_width}}  {hit.key}")
+        captions = visible(textwrap.shorten(" | ".join(hit.captions), caption_width, placeholder="…"))
+        lines.append(f"{hit.rank:>4}  {hit.score:>6.3f}  {captions:<{caption_width}}  {visible(hit.key)}")
     return "\n".join(lines)
 
 

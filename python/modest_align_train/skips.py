@@ -9,6 +9,11 @@ from dataclasses import dataclass
 _PRINTED_A_REASON = 3
 
 
+def visible(text: str) -> str:
+    """Put escapes for what a terminal would obey or not show, as a line break in the name of a file."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Something of the source that was left out, or mended.
@@ -24,7 +29,7 @@ class Skipped:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return visible(f"{self.location}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
 
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -22,7 +21,19 @@ from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modest_align_train.adapters import CHUNK, Aligner, load_aligner, read_state
+from modest_align_train.adapters import CHUNK, Aligner, load_aligner
+from modest_align_train.checkpoints import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    State,
+    fits_its_settings,
+    has_checkpoint,
+    named,
+    part,
+    read_checkpoint,
+    write_checkpoint,
+)
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import embed, recalls, retrieval_ranks, validation_score
 from modest_align_train.files import write_file
@@ -51,20 +62,26 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
         workers: Those that train together; each calls this, and the first one writes.
 
     Returns:
-        The run directory, with `settings.toml`, `log.jsonl`, `tensorboard/`, `last.pt` (to resume from) and
-        `best.pt` (the highest mean of R@1, R@5 and R@10, both ways, on the validation split).
+        The run directory, with `settings.toml`, `log.jsonl`, `tensorboard/`, `last.safetensors` (to resume from),
+        `previous.safetensors` (in case that one gets damaged) and `best.safetensors` (the highest mean of R@1, R@5 and
+        R@10, both ways, on the validation split).
 
     Raises:
         ValueError: A setting is of the wrong type, out of range, or differs from those of the run to resume; the
-            latents are not those that it was trained on.
+            latents are not those that it was trained on; another process is writing into the directory; no
+            checkpoint of the run is whole.
         FileNotFoundError: There are no latents.
         FloatingPointError: The loss or a weight is no longer finite; the last good checkpoint is kept.
     """
     settings = settings.checked()
     settings = replace(settings, latents=settings.latents.resolve(), output=settings.output.resolve())
+    with workers.alone_in(settings.output):
+        return _train(settings, progress and workers.writes, workers)
+
+
+def _train(settings: Settings, progress: bool, workers: Workers) -> Path:
     device = choose_device(workers.device or settings.device)
-    progress = progress and workers.writes
-    settings, checkpoint = workers.together(lambda: _load_checkpoint(settings, device))
+    settings, checkpoint, file = workers.together(lambda: _load_checkpoint(settings, device))
     workers.agree("the checkpoint", checkpoint and checkpoint["step"])
     if checkpoint and checkpoint["step"] == settings.steps:
         if progress:
@@ -73,9 +90,14 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
     latents = workers.together(lambda: load_latents(settings.latents))
     settings = settings.for_images(sum(record.split == "train" for record in latents.records))
     workers.agree("the latents or a setting", (latents.fingerprint, replace(settings, device="")))
-    settings.output.mkdir(parents=True, exist_ok=True)
-    if not checkpoint and workers.writes:
-        write_file(settings.output / "settings.toml", settings.to_toml())
+    if workers.writes:
+        for leftover in (path for name in (BEST, LAST) for path in settings.output.glob(f".{name}.*.tmp")):
+            leftover.unlink()  # of a process that was killed
+        if file == PREVIOUS:
+            # The next one would be kept in its place, and a damaged one at that.
+            (settings.output / PREVIOUS).replace(settings.output / LAST)
+        if not checkpoint:
+            write_file(settings.output / "settings.toml", settings.to_toml())
     if progress:
         print(settings.to_toml())
 
@@ -83,7 +105,8 @@ def train(settings: Settings, *, progress: bool = True, workers: Workers = ALONE
         torch.manual_seed(settings.seed)
         run = workers.together(lambda: Run(settings, latents, device, workers))
         if checkpoint:
-            run.load_state_dict(checkpoint)
+            with fits_its_settings(settings.output / LAST):
+                run.load_state_dict(checkpoint)
         log, tensorboard = settings.output / "log.jsonl", settings.output / "tensorboard"
         with (
             _open_log(log, run.log_bytes) if workers.writes else nullcontext() as run.log_file,
@@ -164,11 +187,13 @@ class Run:
         self.shown: dict[str, str] = {}
         self.start = time.perf_counter()
 
-    def state_dict(self, losses: list[float]) -> dict[str, Any]:
+    def state_dict(self, losses: list[float]) -> State:
         """Return what `load_state_dict` needs to go on from here; `losses` are those since the log's last line."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        # Its groups are as the settings have them.
+        moments = self.optimizer.state_dict()["state"]
         return {
             "step": self.step,
             "latents": self.fingerprint,
@@ -177,24 +202,29 @@ class Run:
             "seconds": time.perf_counter() - self.start,
             "losses": torch.tensor(losses),
             "log_bytes": self.log_file.tell(),
-            "model": self.aligner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "batches": self.batches.state_dict(),
-            "rng": rng,
+            **named("model", self.aligner.state_dict()),
+            **named("optimizer", {f"{i}.{name}": value for i in moments for name, value in moments[i].items()}),
+            **named("batches", self.batches.state_dict()),
+            **named("rng", rng),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on from a `state_dict`; the global random state too."""
-        self.step, self.best, self.log_bytes = state["step"], state["best"], state["log_bytes"]
-        self.kept = state.get("kept", 0)  # 0: of an earlier version
+        self.step, self.best, self.kept, self.log_bytes = (
+            state[name] for name in ("step", "best", "kept", "log_bytes")
+        )
         self.start = time.perf_counter() - state["seconds"]
         self.losses = list(state["losses"].to(self.device))
-        self.aligner.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.load_state_dict(state["batches"])
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        self.aligner.load_state_dict(part(state, "model"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for place, value in part(state, "optimizer").items():
+            parameter, _, name = place.partition(".")
+            moments.setdefault(int(parameter), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.batches.load_state_dict(part(state, "batches"))
+        torch.set_rng_state(state["rng.cpu"].cpu())
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+            torch.cuda.set_rng_state(state["rng.cuda"].cpu(), self.device)
 
     def log(self) -> None:
         """Write the mean loss since the last line, the learning rate, the scale and the seconds so far."""
@@ -210,7 +240,7 @@ class Run:
         self.shown["loss"] = f"{line['loss']:.3f}"
 
     def validate(self) -> None:
-        """Write recalls on the validation split, and `best.pt` if their mean is the highest so far."""
+        """Write recalls on the validation split, and the best checkpoint if their mean is the highest so far."""
         found = recalls(
             retrieval_ranks(*embed(self.aligner, self.validation, self.workers), self.validation, self.workers)
         )
@@ -225,7 +255,7 @@ class Run:
             self._save_best()
 
     def checkpoint(self) -> None:
-        """Write `last.pt`, unless a loss or a weight is not finite."""
+        """Write the last checkpoint, unless a loss or a weight is not finite."""
         if not all(p.isfinite().all() for p in self.parameters):
             raise FloatingPointError(self._not_finite("a weight", self.step))
         losses = self._finite_losses()
@@ -235,7 +265,7 @@ class Run:
         os.fsync(self.log_file.fileno())
         if self.step == self.settings.steps and not self.validation:
             self._save_best()
-        _save(state, self.directory / "last.pt")
+        write_checkpoint(self.directory / LAST, state, keep=self.directory / PREVIOUS)
 
     def _save_best(self) -> None:
         if not self.workers.writes:
@@ -245,9 +275,9 @@ class Run:
             "latents": self.fingerprint,
             "image_dim": self.aligner.image_adapter.features,
             "text_dim": self.aligner.text_adapter.features,
-            "model": self.aligner.state_dict(),
+            **named("model", self.aligner.state_dict()),
         }
-        _save(state, self.directory / "best.pt")
+        write_checkpoint(self.directory / BEST, state)
 
     def _plot(self, values: dict[str, float]) -> None:
         if self.workers.writes:
@@ -268,7 +298,7 @@ class Run:
         return values
 
     def _not_finite(self, what: str, step: int) -> str:
-        kept = "its last checkpoint is kept" if (self.directory / "last.pt").is_file() else "it had no checkpoint yet"
+        kept = "its last checkpoint is kept" if (self.directory / LAST).is_file() else "it had no checkpoint yet"
         return (
             f"{what} is not finite at step {step} of {self.directory} ({kept}): try a lower learning_rate or max_scale"
         )
@@ -349,8 +379,8 @@ def _unit_rows(latents: Tensor | Rows, device: torch.device) -> Tensor | Rows:
     if device.type == "cpu":
         return latents
     unit = torch.empty(latents.shape, device=device)
-    for part, rows in zip(unit.split(CHUNK), latents.split(CHUNK), strict=True):
-        part.copy_(normalize(rows.to(device), dim=-1))
+    for chunk, rows in zip(unit.split(CHUNK), latents.split(CHUNK), strict=True):
+        chunk.copy_(normalize(rows.to(device), dim=-1))
     return unit
 
 
@@ -412,15 +442,16 @@ def training_step(
     return loss.detach()
 
 
-def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings, dict[str, Any] | None]:
-    """Load the run's `last.pt`, if there is one, once its settings and its latents are seen to be the same.
+def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings, State | None, str]:
+    """Load the run's last checkpoint, if it has one, once its settings and its latents are seen to be the same.
 
     Returns:
-        The settings, with those of the run for what was to follow the data, and the checkpoint.
+        The settings, with those of the run for what was to follow the data, the checkpoint, and the name of its file.
     """
     run = settings.output
-    if not (run / "last.pt").is_file():
-        return settings, None
+    checkpoint, file = _last_whole_checkpoint(run, device)
+    if checkpoint is None:
+        return settings, None, ""
     stored = run_settings(run)
     settings = replace(
         settings,
@@ -435,22 +466,33 @@ def _load_checkpoint(settings: Settings, device: torch.device) -> tuple[Settings
                 f"{name} is {now!s} but {before!s} in the run stored in {run}: "
                 f"take the stored value to go on with it, or another output"
             )
-    checkpoint, _ = read_state(run / "last.pt", device)
-    trained_on = checkpoint.get("latents")
+    with fits_its_settings(run / file):
+        trained_on, _ = checkpoint["latents"], checkpoint["step"]
     if trained_on != latents_fingerprint(settings.latents):
-        why = "they were extracted again" if trained_on else "or an earlier version trained it, which did not note them"
         raise ValueError(
-            f"latents {settings.latents} are not those that the run stored in {run} was trained on, {why}: "
-            "take another --output, or delete the run"
+            f"latents {settings.latents} are not those that the run stored in {run} was trained on, they were "
+            "extracted again: take another --output, or delete the run"
         )
-    return settings, checkpoint
+    return settings, checkpoint, file
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
-    # Written by Python, whose errors, unlike torch's own writer's, say that a disk is full.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getvalue())
+def _last_whole_checkpoint(run: Path, device: torch.device) -> tuple[State | None, str]:
+    """The last checkpoint or, if that is damaged or a kill came between two renames, the one before; and its name."""
+    has_previous = (run / PREVIOUS).is_file()
+    damage = ""
+    if has_checkpoint(run / LAST):
+        try:
+            return read_checkpoint(run / LAST, device)[0], LAST
+        except ValueError:
+            if not has_previous:
+                raise
+            damage = f"{run / LAST} is damaged (its checksum differs)"
+    if not has_previous:
+        return None, ""
+    state = read_checkpoint(run / PREVIOUS, device)[0]
+    if damage:
+        warnings.warn(f"{damage}: the run goes on from the checkpoint before, of step {state['step']}", stacklevel=6)
+    return state, PREVIOUS
 
 
 def _open_log(path: Path, size: int) -> TextIO:

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,29 +19,33 @@ from typing import Any, NamedTuple, TypeVar
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tqdm import tqdm
 
 from modest_align_train.adapters import load_aligner
+from modest_align_train.checkpoints import LAST, PREVIOUS
 from modest_align_train.devices import choose_device
 from modest_align_train.evaluate import (
     RECALL_AT,
     RECALLS,
     Ranks,
     embed,
+    load_ranks,
     paired_difference,
     recalls,
     retrieval_ranks,
     validation_score,
 )
 from modest_align_train.figures import COLOURS, plot
-from modest_align_train.files import atomic_path, read_json, write_file, write_json
+from modest_align_train.files import atomic_path, folder_of_its_own, read_json, write_file, write_json
 from modest_align_train.latents import MANIFEST, load_latents, split_counts
 from modest_align_train.settings import TUNE_NOISE, TUNE_SEEDS, TUNE_SMOOTHING, Settings
 from modest_align_train.train import train
 
 # Of the noises, how many are tried with smoothing; of all settings, how many beside InfoNCE with every seed.
 _WITH_SMOOTHING, _WITH_EVERY_SEED = 2, 3
+
+_RANKS = "validation_ranks.safetensors"
 
 _Result = TypeVar("_Result")
 _stopped: Event  # in a worker: that Ctrl-C came
@@ -107,7 +112,7 @@ def tune(
 
     Raises:
         ValueError: A setting is of the wrong type or out of range, there is no validation split, or `output` holds what
-            was tuned with other latents or settings.
+            was tuned with other latents or settings, or another process is writing into it.
         FileNotFoundError: There are no latents.
     """
     if seeds < 1:
@@ -122,36 +127,36 @@ def tune(
     settings = settings.for_images(counts["train"])
     if not counts["validation"]:
         raise ValueError(f"latents {settings.latents} have no validation split to choose by")
-    settings.output.mkdir(parents=True, exist_ok=True)
-    _bind(settings)
-    stds, smoothings = (sorted({0.0, *map(float, values)}) for values in (noise, smoothing))
+    with folder_of_its_own(settings.output):
+        _bind(settings)
+        stds, smoothings = (sorted({0.0, *map(float, values)}) for values in (noise, smoothing))
 
-    ranks: dict[Setting, dict[int, Ranks]] = {}
-    every_seed = range(settings.seed, settings.seed + seeds)
+        ranks: dict[Setting, dict[int, Ranks]] = {}
+        every_seed = range(settings.seed, settings.seed + seeds)
 
-    def measure(wanted: Sequence[tuple[Setting, int]], what: str) -> None:
-        runs = [_run_settings(settings, *one) for one in wanted]
-        pool.map(_train_and_rank, [run for run in runs if not _ranks_path(run).is_file()], what, progress)
-        for (setting, seed), run in zip(wanted, runs, strict=True):
-            ranks.setdefault(setting, {})[seed] = load_file(_ranks_path(run))
+        def measure(wanted: Sequence[tuple[Setting, int]], what: str) -> None:
+            runs = [_run_settings(settings, *one) for one in wanted]
+            pool.map(_train_and_rank, [run for run in runs if not _ranks_path(run).is_file()], what, progress)
+            for (setting, seed), run in zip(wanted, runs, strict=True):
+                ranks.setdefault(setting, {})[seed] = load_ranks(run.output, _RANKS)
 
-    def by_score() -> list[Setting]:
-        return sorted(ranks, key=lambda setting: _score(ranks[setting]), reverse=True)
+        def by_score() -> list[Setting]:
+            return sorted(ranks, key=lambda setting: _score(ranks[setting]), reverse=True)
 
-    with ProcessPool(settings.device, len(stds)) as pool:
-        measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
-        smoothed = [Setting(std, share) for std, _ in by_score()[:_WITH_SMOOTHING] for share in smoothings if share]
-        measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
-        remaining = [INFONCE, *(setting for setting in by_score() if setting != INFONCE)][: 1 + _WITH_EVERY_SEED]
-        measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
+        with ProcessPool(settings.device, len(stds)) as pool:
+            measure([(Setting(std, 0.0), settings.seed) for std in stds], "1/3 noise")
+            smoothed = [Setting(std, share) for std, _ in by_score()[:_WITH_SMOOTHING] for share in smoothings if share]
+            measure([(setting, settings.seed) for setting in smoothed], "2/3 smoothing")
+            remaining = [INFONCE, *(setting for setting in by_score() if setting != INFONCE)][: 1 + _WITH_EVERY_SEED]
+            measure([(setting, seed) for setting in remaining for seed in every_seed[1:]], "3/3 seeds")
 
-    chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
-    rows = [_row(setting, ranks[setting], ranks[INFONCE]) for setting in sorted(ranks)]
-    tuned = Tuned(chosen, rows, _verdict(chosen, rows, max(stds)), settings.output / "choice.toml")
-    _write(tuned, settings)
-    if progress:
-        print(f"\n{_markdown(tuned)}\n\n{tuned.verdict}\n{tuned.path}")
-    return tuned
+        chosen = choose({setting: [ranks[setting][seed] for seed in every_seed] for setting in remaining})
+        rows = [_row(setting, ranks[setting], ranks[INFONCE]) for setting in sorted(ranks)]
+        tuned = Tuned(chosen, rows, _verdict(chosen, rows, max(stds)), settings.output / "choice.toml")
+        _write(tuned, settings)
+        if progress:
+            print(f"\n{_markdown(tuned)}\n\n{tuned.verdict}\n{tuned.path}")
+        return tuned
 
 
 def choose(ranks: Mapping[Setting, Sequence[Ranks]]) -> Setting:
@@ -216,6 +221,15 @@ def _start_worker(threads: int, stopped: Event) -> None:
     global _stopped
     _stopped = stopped
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # One that is killed ends no pool: its workers would train on, and then wait forever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _unless_stopped(work: Callable[[Settings], _Result], run: Settings) -> _Result:
@@ -289,7 +303,7 @@ def _run_settings(settings: Settings, setting: Setting, seed: int) -> Settings:
 
 def _ranks_path(run: Settings) -> Path:
     """File of a run's ranks on the validation split; a run that has it is finished."""
-    return run.output / "validation_ranks.safetensors"
+    return run.output / _RANKS
 
 
 def _train_and_rank(settings: Settings) -> None:
@@ -298,8 +312,9 @@ def _train_and_rank(settings: Settings) -> None:
     data = load_latents(settings.latents).subset("validation")
     ranks = retrieval_ranks(*embed(aligner, data), data)
     write_file(_ranks_path(settings), save(ranks))
-    # It holds the optimizer's state, three quarters of all, and nothing resumes from here any more.
-    (run / "last.pt").unlink()
+    # They hold the optimizer's state, and nothing resumes from here any more.
+    for name in (LAST, PREVIOUS):
+        (run / name).unlink(missing_ok=True)
 
 
 def _scores(runs: Sequence[Ranks]) -> list[float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modest_align_train.devices import choose_device
+from modest_align_train.files import folder_of_its_own
 
 # A worker waits so long for one that is stuck, as a shard of images on a slow CPU takes minutes; not for a dead one.
 TIMEOUT = timedelta(minutes=30)
@@ -70,6 +72,13 @@ class Workers:
         if found is not None:
             raise found
         return result
+
+    @contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Have a folder for these processes alone; see `folder_of_its_own`."""
+        with ExitStack() as stack:
+            self.together(lambda: self.writes and stack.enter_context(folder_of_its_own(folder)))
+            yield
 
     def agree(self, what: str, own: object) -> None:
         """Raise everywhere unless all processes have the same."""
