@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -298,6 +299,27 @@ def test_rows_that_are_nearly_zero_have_no_gradient(backend: str, dtype: torch.d
     assert not y.grad[[4, 7]].any()
     assert x.grad[3].any() == (dtype == torch.float16)
     assert x.grad[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_whose_squares_overflow_are_no_rows_of_zeros(backend: str, dtype: torch.dtype, monkeypatch) -> None:
+    """As which the plain loss takes them in silence; elements of 3e38 have a norm that overflows, too."""
+    seed = torch.tensor(7)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: seed)
+    case = Case("", 9, 12, 40)
+    x, y = make_features(case, dtype)
+    x[2] *= 1e30
+    x[5], y[4] = 3e38, 3e38
+    y[4, ::2] *= -1
+    y[11] *= 2e18  # just above what can be squared
+    for noise in ({}, {"noise_std": 0.3, "relative_noise": True}, {"noise_std": 1e25}):
+        given = noise | {"seed": seed} if noise else {}
+        truth = value_and_grads(partial(reference.modest_align_loss, **given), x.double(), y.double(), case)
+        ours = value_and_grads(partial(loss_on(backend), **noise), x, y, case)
+        rounding = 64 * torch.finfo(dtype).eps
+        for name, expected in truth.items():
+            smallest = torch.finfo(torch.float32).smallest_normal
+            assert row_errors(ours[name], expected, smallest).max() <= rounding, (noise, name)
 
 
 def test_a_nan_row_has_a_nan_gradient(backend: str) -> None:
