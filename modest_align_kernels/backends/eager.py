@@ -165,8 +165,11 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
         (row_negative_weight, row_negatives, True, x_hat, y_hat, row_ids, col_ids),
         (col_negative_weight, col_negatives, len(col_lse) > 0, y_hat, x_hat, paired_ids, row_ids),
     ):
+        if not wanted:  # else a NaN of one image would reach all, times 0
+            weight.zero_()
+            continue
         negatives.sub_(apart)
-        torch.reciprocal(negatives, out=weight).masked_fill_((negatives <= 0) | (not wanted), 0.0)
+        torch.reciprocal(negatives, out=weight).masked_fill_(negatives <= 0, 0.0)
         on_pair.add_(weight.sign()).addcmul_(apart, weight)
         own = negated_sums(other, None, other_ids, pairs)
         for i in blocks(pairs, NORMALIZE_ROWS):
