@@ -298,6 +298,7 @@ class Bounds(Rounding):
 
 
 BINS = (0.0, 0.5, 0.9, 0.999, math.inf)
+LEVELS = torch.tensor((0.5, 0.99, 1.0), dtype=torch.float64)
 
 
 class Seen:
@@ -320,11 +321,11 @@ class Seen:
             self.errors.setdefault((key, name, low), []).append((ours[rows], plain[rows]))
 
     def table(self) -> Iterator[tuple[str, str, float, int, Tensor, Tensor]]:
-        """Dtype, quantity, bin, rows, and of ours and of the plain loss the median and the worst."""
+        """Dtype, quantity, bin, rows, and of ours and of the plain loss the median, the 99th percentile and the worst."""
         for (key, name, low), pairs in sorted(self.errors.items()):
             ours, plain = (torch.cat(side) for side in zip(*pairs, strict=True))
             if len(ours):
-                yield key, name, low, len(ours), *(torch.stack((t.median(), t.max())) for t in (ours, plain))
+                yield key, name, low, len(ours), *(torch.quantile(t, LEVELS) for t in (ours, plain))
 
 
 def check(case: Hostile, seen: Seen) -> None:
@@ -342,7 +343,7 @@ def check(case: Hostile, seen: Seen) -> None:
     for name in ("image_features", "text_features"):
         bounds.compare(seen, name, ours[name], truth[name], getattr(bounds, name))
     usual = case.geometry in ("random", "pairs") and not case.changed and case.weights == "none"
-    if usual and case.features >= 8 and case.scale <= 200:
+    if usual and case.features >= 8 and case.scale <= 200 and case.dtype != torch.float64:
         plain = results(reference.modest_align_loss, x, y, case, options, upstream)
         add_errors(case, seen, bounds, truth, ours, plain)
 
@@ -468,10 +469,11 @@ def test_thousands_of_cases_and_the_plain_loss_beside_them() -> None:
     seen = job(check, 7000, fresh=True)
     print(f"\nworst shares of the bounds: {seen.shares}")
     for dtype, name, low, rows, ours, plain in seen.table():
-        print(f"{dtype} {name}, confidence from {low}: {rows} rows, median and worst {ours}, plain {plain}")
-        rounding = 4 * FLOAT32.eps
-        if dtype != "float64" and rows >= 100:
-            assert (ours <= 2 * plain + rounding).all(), (dtype, name, low)
+        numbers = " ".join(f"{value:.1e}" for value in (*ours, *plain))
+        print(f"{dtype} {name}, confidence from {low}: {rows} rows, ours and plain: {numbers}")
+        # The worst row is held to its bound: of a gradient that nearly cancels, either's may be all rounding.
+        if rows >= 100:
+            assert (ours <= 2 * plain + 4 * FLOAT32.eps)[:2].all(), (dtype, name, low)
 
 
 @pytest.mark.slow
