@@ -321,7 +321,7 @@ class Seen:
             self.errors.setdefault((key, name, low), []).append((ours[rows], plain[rows]))
 
     def table(self) -> Iterator[tuple[str, str, float, int, Tensor, Tensor]]:
-        """Dtype, quantity, bin, rows, and of ours and of the plain loss the median, the 99th percentile and the worst."""
+        """Dtype, quantity, bin, rows, ours and the plain loss's: median, 99th percentile, worst."""
         for (key, name, low), pairs in sorted(self.errors.items()):
             ours, plain = (torch.cat(side) for side in zip(*pairs, strict=True))
             if len(ours):
