@@ -93,6 +93,12 @@ def modest_align_loss(
     group has a backend for CPU tensors, as that of ``init_process_group()`` has). If a rank dies the others end with
     the group's timeout. ``torch.compile`` breaks its graph here.
 
+    Features may be hostile. A zero row stays zero, and with it one of norm below 1e-12 all but; rows of any other size
+    count alike, also those whose squares overflow float32 (of float64, norms up to 1e154), which F.normalize makes rows
+    of zeros. A NaN or an infinity in a feature, in ``logit_scale`` or in a weight makes NaN of whatever it makes NaN in
+    F.normalize, a matmul and F.cross_entropy, losses and gradients alike; with group ids, of more: the sums that
+    smoothing is made of hold every row. No loss is finite that is NaN there.
+
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
     checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
     (with PyTorch's CUDA graphs one for each value: a tensor does not).

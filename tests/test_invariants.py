@@ -24,7 +24,8 @@ SCALE = 14.3
 LOSS_TOLERANCE, ROW_TOLERANCE = 8 * EPS * SCALE, 32 * EPS * SCALE
 
 
-@pytest.fixture(params=BACKENDS)
+# Triton's interpreter is slow, and what holds for its kernels alone is in their own tests.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name == "triton" else ()) for name in BACKENDS])
 def backend(request) -> str:
     return request.param
 
@@ -178,12 +179,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((a * b).mean()) * a.numel() ** 0.5
 
 
-def test_noise_is_normal_by_its_moments_and_by_chi_square(backend: str) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_noise_is_normal_by_its_moments_and_by_chi_square(name: str) -> None:
     torch.manual_seed(0)
     edges = torch.special.ndtri(torch.linspace(0, 1, 65, dtype=torch.float64)[1:-1])
     for stream in (noise.IMAGES, noise.TEXTS):
         for seed in torch.randint(2**63 - 1, (3,)):
-            values = drawn(backend, seed, stream).flatten()
+            values = drawn(name, seed, stream).flatten()
             n = len(values)
             # The moments of a normal, and the variances of their estimates.
             for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):

@@ -498,3 +498,17 @@ def test_group_ids_of_columns_exclude_extra_negatives_too(backend: str) -> None:
     expected = reference.modest_align_loss(x.double(), y.double(), 9.0, smoothing=0.2, group_ids=(row_ids, own))
     torch.testing.assert_close(loss(y, (row_ids, own)).double(), expected, rtol=1e-5, atol=0)
     assert loss(y, row_ids) > 1.1 * expected
+
+
+@pytest.mark.parametrize("scale", [-3.0, -95.0, -130.0, -1000.0])
+def test_a_scale_below_zero_is_as_any_other(backend: str, scale: float) -> None:
+    """Of a tensor, whose value nobody checks: logits above what one shift was made for were wrong, or infinite."""
+    x, y = make_features(Case("", 40, 50, 8, geometry="antipodal"), torch.float32)
+    y[:20] = make_features(Case("", 20, 20, 8), torch.float32)[1]
+    case = Case("", 40, 50, 8, scale=scale)
+    truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), case)
+    ours = value_and_grads(loss_on(backend), x, y, case)
+    assert abs(ours["loss"].double() - truth["loss"]) <= 8 * torch.finfo(torch.float32).eps * abs(scale)
+    for name in ("image_features", "text_features"):
+        error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
+        assert error <= 32 * torch.finfo(torch.float32).eps * abs(scale), name

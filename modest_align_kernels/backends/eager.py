@@ -276,7 +276,7 @@ def _shift(scale_log2: Tensor) -> Tensor | None:
 
     On a GPU the answer would be a host sync, so it is None there.
     """
-    if scale_log2.device.type != "cpu" or not float(scale_log2) <= 2 * HEADROOM:
+    if scale_log2.device.type != "cpu" or not 0 <= float(scale_log2) <= 2 * HEADROOM:
         return None
     return (scale_log2 - HEADROOM).clamp_min(0)
 
