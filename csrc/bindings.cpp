@@ -117,7 +117,12 @@ void* address(Call& call_, const char* name, py::handle tensor, PyObject* dtype,
     refuse(name,
            "got strides " + text(call(tensor, t.stride)) + " for shape " + shape_of(tensor) + ", want it contiguous");
   }
-  return PyLong_AsVoidPtr(call(tensor, t.data_ptr).ptr());
+  void* const memory = PyLong_AsVoidPtr(call(tensor, t.data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  bool empty = false;
+  for (const std::int64_t* extent : extents) empty = empty || *extent == 0;
+  if (!memory && !empty) refuse(name, "got a tensor without memory, want one that has not been freed");
+  return memory;
 }
 
 Dtype code_of(const char* name, py::handle tensor) {
@@ -167,8 +172,22 @@ struct Field {
   const char* name;
   const char* layout;  // of a tensor, its extents
   void (*set)(Arguments&, py::handle, Call&);
+  bool optional = false;  // may be None
   PyObject* key = PyUnicode_InternFromString(name);
+
+  // What comes instead of `value` is wanted.
+  py::type_error wanted(const std::string& function, py::handle value) const {
+    const std::string want = *layout ? std::string("a tensor ") + layout : "a number";
+    return py::type_error(function + ": " + name + ": got " + Py_TYPE(value.ptr())->tp_name + ", want " + want +
+                          (optional ? " or None" : ""));
+  }
 };
+
+template <class A>
+Field<A> optional(Field<A> field) {
+  field.optional = true;
+  return field;
+}
 
 template <class T>
 void read_number(py::handle value, T*& field) {
@@ -211,18 +230,84 @@ void at_least_one(std::initializer_list<std::pair<const char*, std::int64_t>> ex
   }
 }
 
-// What no single tensor says.
-void check(PerturbNormalize& a, const Call&) {
-  at_least_one({{"rows", a.rows}, {"width", a.width}});
-  if (!a.pair_hat && a.pairs) refuse("pair_dot", "got shape (" + std::to_string(a.pairs) + ",), want (0,)");
+// Addresses that are null together or not at all; `first` and what is beside it.
+void all_or_none(const char* first, const void* its,
+                 std::initializer_list<std::pair<const char*, const void*>> others) {
+  for (const auto& [name, address] : others) {
+    if (!its == !address) continue;
+    refuse(name,
+           std::string(address ? "got a tensor beside no " : "got None beside ") + first + ", want both or neither");
+  }
 }
-void check(PerturbNormalizeBackward& a, const Call&) { at_least_one({{"rows", a.rows}, {"width", a.width}}); }
+
+void at_most(const char* name, std::int64_t extent, const char* of, std::int64_t limit) {
+  if (extent > limit) {
+    refuse(name, "got " + std::to_string(extent) + ", want at most " + std::to_string(limit) + ", the number of " + of);
+  }
+}
+
+// A row of `width` features, as the kernels step along it.
+void check_width(const Call& call_, std::int64_t width, std::int64_t features = 0) {
+  if (width < 1 || width % 64 || (!call_.on_cpu && width > 16384)) {
+    refuse("width",
+           "got " + std::to_string(width) + ", want a multiple of 64" + (call_.on_cpu ? "" : ", at most 16384"));
+  }
+  at_most("features", features, "elements in a row of operands", width);
+}
+
+void check_on_cpu(const Call& call_, const char* name, Dtype dtype) {
+  if (call_.on_cpu && dtype == Dtype::float16) {
+    refuse(name, "got torch.float16, want torch.float32 or bfloat16 on a CPU");
+  }
+}
+
+// What no single tensor says.
+void check(PerturbNormalize& a, const Call& call_) {
+  at_least_one({{"rows", a.rows}});
+  check_width(call_, a.width, a.features);
+  check_on_cpu(call_, "x", a.x_dtype);
+  if (call_.on_cpu && a.features > 1 && a.feature_stride != 1) {
+    refuse("x", "got the stride " + std::to_string(a.feature_stride) + " from feature to feature, want 1 on a CPU");
+  }
+  all_or_none("seed", a.seed, {{"noise_std", a.noise_std}});
+  if (!a.pair_hat && a.pairs) refuse("pair_dot", "got shape (" + std::to_string(a.pairs) + ",), want (0,)");
+  at_most("pairs", a.pairs, "rows", a.rows);
+}
+void check(PerturbNormalizeBackward& a, const Call& call_) {
+  at_least_one({{"rows", a.rows}});
+  check_width(call_, a.width, a.features);
+  check_on_cpu(call_, "dx", a.dx_dtype);
+  at_most("pairs", a.pairs, "rows", a.rows);
+  at_most("pairs", a.pairs, "rows of pair_hat", a.pair_rows);
+  if (!a.smoothing) return;
+  all_or_none("smoothing", a.smoothing,
+              {{"negative_weight", a.negative_weight}, {"pair_negative_weight", a.pair_negative_weight}});
+  all_or_none("ids", a.ids, {{"pair_ids", a.pair_ids}});
+}
 void check(PairLosses& a, const Call& call_) {
   if (!call_.knows(a.columns)) a.columns = a.rows;  // nothing is smoothed
-  if (call_.knows(a.width)) at_least_one({{"rows", a.rows}, {"columns", a.columns}, {"width", a.width}});
+  if (call_.knows(a.width)) {
+    at_least_one({{"rows", a.rows}, {"columns", a.columns}});
+    check_width(call_, a.width);
+  }
+  if (a.col_count && a.col_count != a.rows) {
+    refuse("col_lse", "got " + std::to_string(a.col_count) + " elements, want one for each row or none");
+  }
+  if (!a.smoothing) return;
+  all_or_none("smoothing", a.smoothing,
+              {{"x_hat", a.x_hat},
+               {"y_hat", a.y_hat},
+               {"slope", a.slope},
+               {"row_negative_weight", a.row_negative_weight},
+               {"col_negative_weight", a.col_negative_weight}});
+  all_or_none("row_ids", a.row_ids, {{"col_ids", a.col_ids}});
+  at_most("rows", a.rows, "columns", a.columns);
 }
-void check(Logits& a, const Call&) {
-  at_least_one({{"rows", a.rows}, {"columns", a.columns}, {"width", a.width}});
+void check(Logits& a, const Call& call_) {
+  at_least_one({{"rows", a.rows}, {"columns", a.columns}});
+  check_width(call_, a.width);
+  at_most("col_count", a.col_count, "columns", a.columns);
+  all_or_none("row_ids", a.row_ids, {{"col_ids", a.col_ids}});
   if (a.kept_rows == 0) return;
   // What kernels.h wants of the exponentials.
   const std::int64_t first = larger(a.rows - a.kept_rows, 0);
@@ -240,16 +325,16 @@ Arguments parse(Call& call_, const Fields<Arguments>& fields, const py::kwargs& 
   for (const Field<Arguments>& field : fields) {
     PyObject* value = PyDict_GetItem(given.ptr(), field.key);
     if (!value) throw py::type_error(call_.function + ": got no argument " + field.name);
-    const auto wrong = [&] {
-      return py::type_error(call_.function + ": " + field.name + ": got " + Py_TYPE(value)->tp_name);
-    };
+    // A null pointer is for what may be left out: of anything else a kernel would read or write at address 0.
+    if (value == Py_None && !field.optional) throw field.wanted(call_.function, value);
     try {
       field.set(arguments, value, call_);
     } catch (const py::cast_error&) {
-      throw wrong();
+      throw field.wanted(call_.function, value);
     } catch (py::error_already_set& error) {
-      if (error.matches(PyExc_AttributeError)) throw wrong();
-      throw;
+      if (error.matches(PyExc_AttributeError)) throw field.wanted(call_.function, value);
+      if (!error.matches(PyExc_RuntimeError)) throw;
+      refuse(field.name, "got a tensor without an address, want a dense one: " + text(error.value()));
     }
   }
   if (given.size() != fields.size()) {
@@ -260,6 +345,7 @@ Arguments parse(Call& call_, const Fields<Arguments>& fields, const py::kwargs& 
       if (!known) throw py::type_error(call_.function + ": got the unknown argument " + name);
     }
   }
+  if (call_.on_cpu) at_least_one({{"threads", arguments.threads}});
   check(arguments, call_);
   return arguments;
 }
@@ -308,10 +394,10 @@ Fields<A> logits() {
   return {MATRIX(x_hat, operand, rows, width),
           MATRIX(y_hat, operand, columns, width),
           SCALAR(scale, real),
-          VECTOR(row_ids, group, rows),
-          VECTOR(col_ids, group, columns),
+          optional<A>(VECTOR(row_ids, group, rows)),
+          optional<A>(VECTOR(col_ids, group, columns)),
           NUMBER(exclude_diagonal),
-          MATRIX(exponentials, operand, kept_rows, kept_stride),
+          optional<A>(MATRIX(exponentials, operand, kept_rows, kept_stride)),
           VECTOR(row_lse, real, rows),
           VECTOR(col_lse, real, col_count)};
 }
@@ -330,13 +416,13 @@ Fields<A> perturb_normalize() {
              const py::tuple strides = call(value, torch().stride);
              a.row_stride = strides[0].cast<std::int64_t>(), a.feature_stride = strides[1].cast<std::int64_t>();
            }},
-          SCALAR(seed, integer),
-          SCALAR(noise_std, real),
+          optional<A>(SCALAR(seed, integer)),
+          optional<A>(SCALAR(noise_std, real)),
           NUMBER(noise_stream),
           NUMBER(first_row),
           NUMBER(relative_noise),
           MATRIX(x_hat, operand, rows, width),
-          MATRIX(pair_hat, operand, pairs, width),
+          optional<A>(MATRIX(pair_hat, operand, pairs, width)),
           VECTOR(inv_norm, real, rows),
           VECTOR(pair_dot, real, pairs)};
 }
@@ -352,11 +438,11 @@ Fields<A> perturb_normalize_backward() {
           SCALAR(factor, real),
           FEATURES(dx),
           VECTOR(row_dot, real, rows),
-          SCALAR(smoothing, real),
-          VECTOR(ids, group, rows),
-          VECTOR(pair_ids, group, pair_rows),
-          VECTOR(negative_weight, real, pairs),
-          VECTOR(pair_negative_weight, real, pairs)};
+          optional<A>(SCALAR(smoothing, real)),
+          optional<A>(VECTOR(ids, group, rows)),
+          optional<A>(VECTOR(pair_ids, group, pair_rows)),
+          optional<A>(VECTOR(negative_weight, real, pairs)),
+          optional<A>(VECTOR(pair_negative_weight, real, pairs))};
 }
 
 template <class A>
@@ -369,14 +455,14 @@ Fields<A> pair_losses() {
           VECTOR(row_weight, real, rows),
           VECTOR(col_weight, real, col_count),
           VECTOR(pair_weight, real, rows),
-          SCALAR(smoothing, real),
-          MATRIX(x_hat, operand, rows, width),
-          MATRIX(y_hat, operand, columns, width),
-          VECTOR(row_ids, group, rows),
-          VECTOR(col_ids, group, columns),
-          VECTOR(slope, real, rows),
-          VECTOR(row_negative_weight, real, rows),
-          VECTOR(col_negative_weight, real, rows)};
+          optional<A>(SCALAR(smoothing, real)),
+          optional<A>(MATRIX(x_hat, operand, rows, width)),
+          optional<A>(MATRIX(y_hat, operand, columns, width)),
+          optional<A>(VECTOR(row_ids, group, rows)),
+          optional<A>(VECTOR(col_ids, group, columns)),
+          optional<A>(VECTOR(slope, real, rows)),
+          optional<A>(VECTOR(row_negative_weight, real, rows)),
+          optional<A>(VECTOR(col_negative_weight, real, rows))};
 }
 
 #ifdef MODEST_ALIGN_CUDA
@@ -443,10 +529,10 @@ PYBIND11_MODULE(_C, m) {
   define_on_cpu(m, "cpu_pair_losses", pair_losses<PairLosses>(), &Cpu::pair_losses, &Cpu::pair_losses_workspace);
   define_on_cpu(m, "cpu_contrastive_stats", logits<ContrastiveStats>(), &Cpu::contrastive_stats,
                 &Cpu::contrastive_stats_workspace);
-  define_on_cpu(
-      m, "cpu_contrastive_grads",
-      softmaxes<Grads>() + Fields<Grads>{MATRIX(grad_x, real, rows, width), MATRIX(grad_y, real, columns, width)},
-      &Cpu::contrastive_grads, &Cpu::contrastive_grads_workspace);
+  define_on_cpu(m, "cpu_contrastive_grads",
+                softmaxes<Grads>() + Fields<Grads>{optional<Grads>(MATRIX(grad_x, real, rows, width)),
+                                                   optional<Grads>(MATRIX(grad_y, real, columns, width))},
+                &Cpu::contrastive_grads, &Cpu::contrastive_grads_workspace);
 
 #ifdef MODEST_ALIGN_CUDA
   m.attr("cuda") = true;
@@ -455,13 +541,13 @@ PYBIND11_MODULE(_C, m) {
   using Stats = ContrastiveStats;
   using G = cuda::ContrastiveG;
   define_on_gpu(m, "perturb_normalize", perturb_normalize<Normalize>(), cuda::perturb_normalize);
-  define_on_gpu(
-      m, "perturb_normalize_backward",
-      perturb_normalize_backward<CudaBackward>() + Fields<CudaBackward>{VECTOR(pair_order, integer, pair_rows)},
-      cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
+  define_on_gpu(m, "perturb_normalize_backward",
+                perturb_normalize_backward<CudaBackward>() +
+                    Fields<CudaBackward>{optional<CudaBackward>(VECTOR(pair_order, integer, pair_rows))},
+                cuda::perturb_normalize_backward, cuda::perturb_normalize_backward_workspace);
   define_on_gpu(m, "pair_losses",
-                pair_losses<CudaPairs>() +
-                    Fields<CudaPairs>{VECTOR(row_order, integer, rows), VECTOR(col_order, integer, columns)},
+                pair_losses<CudaPairs>() + Fields<CudaPairs>{optional<CudaPairs>(VECTOR(row_order, integer, rows)),
+                                                             optional<CudaPairs>(VECTOR(col_order, integer, columns))},
                 cuda::pair_losses, cuda::pair_losses_workspace);
   define_on_gpu(m, "contrastive_stats", logits<Stats>() + Fields<Stats>{NUMBER(workspace_bytes)},
                 cuda::contrastive_stats, cuda::contrastive_stats_workspace);

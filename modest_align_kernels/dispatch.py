@@ -49,9 +49,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, features: int) -
     """The backend that runs for ``name``, which may be "auto".
 
     Raises:
+        TypeError: it is no name.
         ValueError: no backend has this name.
         RuntimeError: the named backend cannot run; the message is the reason.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'backend: got {type(name).__name__}, want "auto" or a name of available_backends()')
     if name == "auto":
         computed = computed_dtype(dtype, device)
         return next(

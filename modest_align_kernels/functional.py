@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_scale": ("a finite float > 0", lambda value: 0 < value < math.inf),
     "noise_std": ("a finite float >= 0", lambda value: 0 <= value < math.inf),
     "smoothing": ("a float in [0, 1]", lambda value: 0 <= value <= 1),
+    "logit_bias": ("a finite float", lambda value: -math.inf < value < math.inf),
 }
 # What an argument that is a word may be.
 _CHOICES = {
@@ -95,6 +97,12 @@ def modest_align_loss(
     sentence; that takes one all-gather of four integers in each call, for which the host waits (not the GPU, if the
     group has a backend for CPU tensors, as that of ``init_process_group()`` has). If a rank dies the others end with
     the group's timeout. ``torch.compile`` breaks its graph here.
+
+    Features may be hostile. A zero row stays zero, and with it one of norm below 1e-12 all but; rows of any other size
+    count alike, also those whose squares overflow float32 (of float64, norms up to 1e154), which F.normalize makes rows
+    of zeros. A NaN or an infinity in a feature, in ``logit_scale`` or in a weight makes NaN of whatever it makes NaN in
+    F.normalize, a matmul and F.cross_entropy, losses and gradients alike; with group ids, of more: the sums that
+    smoothing is made of hold every row. No loss is finite that is NaN there.
 
     A number may be Python's or NumPy's, or a floating-point tensor of one element and any shape, whose value is not
     checked (that would wait for the GPU). Compiled, a number that changes from step to step costs one compilation more
@@ -217,9 +225,13 @@ def _prepare_loss(
     given_ids = _check_group_ids(group_ids, image_features, text_features)
     if weights is not None:
         _check_weights(weights, image_features)
+    check_flag("relative_noise", relative_noise)
+    check_flag("symmetric", symmetric)
     _check_choice("reduction", reduction)
     _check_choice("strategy", strategy)
     _check_choice("gradient_reduction", gradient_reduction)
+    for name, number in (("logit_scale", logit_scale), ("noise_std", noise_std), ("smoothing", smoothing)):
+        check_has_value(name, number, image_features.device)
     if image_features.shape[1] == 0:
         noise_std = 0.0  # _prepare makes a feature, which has none
     x, y, scale, options = _prepare(image_features, text_features, logit_scale, backend)
@@ -227,7 +239,7 @@ def _prepare_loss(
     if weights is not None:
         weights = weights.to(scale.dtype)
     mean = reduction == "mean" and weights is None
-    options = options._replace(relative_noise=relative_noise, symmetric=symmetric, mean=mean)
+    options = options._replace(relative_noise=bool(relative_noise), symmetric=bool(symmetric), mean=mean)
     return _Call(x, y, scale, mass, given_ids, weights, noise_std, options)
 
 
@@ -443,6 +455,7 @@ def _prepare_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Options]:
     _check_features({"x": x, "y": y})
     scale = check_number("scale", scale)
+    check_has_value("scale", scale, x.device)
     ids = None
     if row_ids is not None and col_ids is not None:
         _check_ids("row_ids", row_ids, x, "row of x", "x")
@@ -498,6 +511,7 @@ def _prepare(x: Tensor, y: Tensor, scale: Tensor | float, backend: str) -> tuple
     wanted = any(isinstance(t, Tensor) and t.requires_grad for t in (x, y, scale))
     options = Options(operand_dtype, backend, keep=torch.is_grad_enabled() and wanted)
     scale = _as_tensor(scale, accumulation_dtype(operand_dtype), x.device)
+    x, y = x.resolve_neg(), y.resolve_neg()  # kernels read the memory, which knows nothing of a lazy sign
     if x.shape[1] == 0:
         # No backend needs to know: one feature that is 0 makes the same zero logits.
         x, y = (torch.nn.functional.pad(t, (0, 1)) for t in (x, y))
@@ -568,8 +582,30 @@ def _check_weights(weights: Tensor, image_features: Tensor) -> None:
 
 def _check_choice(name: str, value: str) -> None:
     *others, last = (f'"{choice}"' for choice in _CHOICES[name])
+    wanted = f"{', '.join(others)} or {last}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {type(value).__name__}, want {wanted}")
     if value not in _CHOICES[name]:
-        raise ValueError(f"{name}: got {value!r}, want {', '.join(others)} or {last}")
+        raise ValueError(f"{name}: got {value!r}, want {wanted}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise one sentence unless ``value`` is True or False, Python's or NumPy's."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_", "SymBool"):
+        raise TypeError(f"{name}: got {type(value).__name__}, want True or False")
+
+
+def check_has_value(name: str, number: Tensor | float, device: torch.device) -> None:
+    """Raise one sentence for a number on the meta device, unless nothing is computed."""
+    if isinstance(number, Tensor) and number.is_meta and device.type != "meta":
+        raise ValueError(f"{name}: got a tensor on meta, want one that has a value")
+
+
+def read_number(name: str, value: Tensor | float) -> float:
+    """The value of :func:`check_number`, checked, that of a tensor too."""
+    checked = check_number(name, value)
+    check_has_value(name, checked, torch.device("cpu"))
+    return float(check_number(name, float(checked)))
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
@@ -595,6 +631,8 @@ def check_number(name: str, value: Tensor | float) -> Tensor | float:
         value: a number, or a floating-point tensor of one element.
     """
     wanted, valid = _NUMBERS[name]
+    if isinstance(value, numbers.Rational) and not torch.compiler.is_compiling() and abs(value) > sys.float_info.max:
+        value = math.inf if value > 0 else -math.inf  # no float, and maybe too long to be shown
     if not isinstance(value, (Tensor, *_NUMBER_TYPES)) and torch.compiler.is_compiling() and _is_array(value):
         value = torch.as_tensor(value, dtype=torch.float64)  # Dynamo takes NumPy's scalars for arrays
     if isinstance(value, Tensor):
@@ -628,7 +666,7 @@ def _is_zero(value: Tensor | float) -> bool:
 
 def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        scalar = value.reshape(()) if value.dim() else value
+        scalar = (value.reshape(()) if value.dim() else value).resolve_neg()
         return scalar.to(device=device, dtype=dtype, non_blocking=True)
     if torch.compiler.is_compiling():
         # In a product a number that changes becomes an input of the graph; in torch.full, a constant of one graph each.

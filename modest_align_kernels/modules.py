@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modest_align_kernels.functional import check_number, modest_align_loss
+from modest_align_kernels.functional import check_flag, check_has_value, check_number, modest_align_loss, read_number
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,7 +75,7 @@ class ModestAlignLoss(nn.Module):
         backend: "auto", or a name of ``available_backends``.
 
     Raises:
-        TypeError: a number that is none.
+        TypeError: a number that is none, or a flag that is neither True nor False.
         ValueError: ``learn_scale`` without ``logit_scale``, ``max_scale`` without ``learn_scale`` or below
             ``logit_scale``, or a number out of its range; so do assignments.
 
@@ -108,14 +108,13 @@ class ModestAlignLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if max_scale is not None:
-            check_number("max_scale", max_scale)
+        check_flag("learn_scale", learn_scale)
         self.noise_std = noise_std
         self.smoothing = smoothing
         self.relative_noise = relative_noise
         self.fixed_scale = logit_scale
         self.log_scale: nn.Parameter | None = None
-        self.max_scale = None if max_scale is None else float(max_scale)
+        self.max_scale = None if max_scale is None else read_number("max_scale", max_scale)
         self.reduction = reduction
         self.symmetric = symmetric
         self.process_group = process_group
@@ -128,7 +127,7 @@ class ModestAlignLoss(nn.Module):
             return
         if logit_scale is None:
             raise ValueError("learn_scale: got True without logit_scale, want the scale to start from, e.g. 14.3")
-        self._start, self.fixed_scale = _positive(logit_scale), None
+        self._start, self.fixed_scale = read_number("logit_scale", logit_scale), None
         if self.max_scale is not None and self.max_scale < self._start:
             raise ValueError(f"max_scale: got {self.max_scale}, want at least logit_scale, {self._start}")
         # FSDP shards no parameter that is 0-dim.
@@ -154,7 +153,7 @@ class ModestAlignLoss(nn.Module):
         if self.log_scale is None:
             self.fixed_scale = value
         else:
-            nn.init.constant_(self.log_scale, math.log(_positive(value)))
+            nn.init.constant_(self.log_scale, math.log(read_number("logit_scale", value)))  # type: ignore[arg-type]
 
     def _bounded_exp(self, log_scale: Tensor) -> Tensor:
         if self.max_scale is None:
@@ -252,6 +251,10 @@ class ModestAlignLoss(nn.Module):
             gradient_reduction=self.gradient_reduction,
             backend=self.backend,
         )
+        if logit_bias is not None:
+            check_number("logit_bias", logit_bias)
+            check_has_value("logit_bias", logit_bias, loss.device)
+        check_flag("output_dict", output_dict)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -269,13 +272,6 @@ class ModestAlignLoss(nn.Module):
             f"relative_noise={self.relative_noise}, logit_scale={scale}, "
             f"reduction={self.reduction!r}, symmetric={self.symmetric}, backend={self.backend!r}"
         )
-
-
-def _positive(logit_scale: Tensor | float | None) -> float:
-    """The scale as a float, checked, that of a tensor too."""
-    value = float(check_number("logit_scale", logit_scale))  # type: ignore[arg-type]
-    check_number("logit_scale", value)
-    return value
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -300,6 +301,27 @@ def test_rows_that_are_nearly_zero_have_no_gradient(backend: str, dtype: torch.d
     assert x.grad[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_whose_squares_overflow_are_no_rows_of_zeros(backend: str, dtype: torch.dtype, monkeypatch) -> None:
+    """As which the plain loss takes them in silence; elements of 3e38 have a norm that overflows, too."""
+    seed = torch.tensor(7)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: seed)
+    case = Case("", 9, 12, 40)
+    x, y = make_features(case, dtype)
+    x[2] *= 1e30
+    x[5], y[4] = 3e38, 3e38
+    y[4, ::2] *= -1
+    y[11] *= 2e18  # just above what can be squared
+    for noise in ({}, {"noise_std": 0.3, "relative_noise": True}, {"noise_std": 1e25}):
+        given = noise | {"seed": seed} if noise else {}
+        truth = value_and_grads(partial(reference.modest_align_loss, **given), x.double(), y.double(), case)
+        ours = value_and_grads(partial(loss_on(backend), **noise), x, y, case)
+        rounding = 64 * torch.finfo(dtype).eps
+        for name, expected in truth.items():
+            smallest = torch.finfo(torch.float32).smallest_normal
+            assert row_errors(ours[name], expected, smallest).max() <= rounding, (noise, name)
+
+
 def test_a_nan_row_has_a_nan_gradient(backend: str) -> None:
     x, y = (t.requires_grad_() for t in make_features(Case("", 6, 6, 8), torch.float32))
     with torch.no_grad():
@@ -476,3 +498,17 @@ def test_group_ids_of_columns_exclude_extra_negatives_too(backend: str) -> None:
     expected = reference.modest_align_loss(x.double(), y.double(), 9.0, smoothing=0.2, group_ids=(row_ids, own))
     torch.testing.assert_close(loss(y, (row_ids, own)).double(), expected, rtol=1e-5, atol=0)
     assert loss(y, row_ids) > 1.1 * expected
+
+
+@pytest.mark.parametrize("scale", [-3.0, -95.0, -130.0, -1000.0])
+def test_a_scale_below_zero_is_as_any_other(backend: str, scale: float) -> None:
+    """Of a tensor, whose value nobody checks: logits above what one shift was made for were wrong, or infinite."""
+    x, y = make_features(Case("", 40, 50, 8, geometry="antipodal"), torch.float32)
+    y[:20] = make_features(Case("", 20, 20, 8), torch.float32)[1]
+    case = Case("", 40, 50, 8, scale=scale)
+    truth = value_and_grads(reference.modest_align_loss, x.double(), y.double(), case)
+    ours = value_and_grads(loss_on(backend), x, y, case)
+    assert abs(ours["loss"].double() - truth["loss"]) <= 8 * torch.finfo(torch.float32).eps * abs(scale)
+    for name in ("image_features", "text_features"):
+        error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
+        assert error <= 32 * torch.finfo(torch.float32).eps * abs(scale), name

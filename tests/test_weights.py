@@ -275,7 +275,7 @@ X = torch.randn(4, 8)
         ({"weights": torch.ones(4, device="meta")}, ValueError, "weights: got device meta, want cpu as image_features"),
         ({"weights": torch.ones(4).to_sparse()}, TypeError, "weights: got a tensor of layout torch.sparse_coo"),
         ({"reduction": "batchmean"}, ValueError, 'reduction: got \'batchmean\', want "mean", "sum" or "none"'),
-        ({"reduction": None}, ValueError, "reduction: got None"),
+        ({"reduction": None}, TypeError, "reduction: got NoneType"),
     ],
 )
 def test_one_clear_sentence(kwargs, error, words) -> None:

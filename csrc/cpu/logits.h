@@ -34,7 +34,7 @@ struct Matrix {
         first_kept(a.rows - a.kept_rows) {}
 
   // Whether one shift can serve all rows and columns: where it cannot, no exponential is kept.
-  bool may_share_shift() const { return scale_log2 <= 2 * kHeadroom; }
+  bool may_share_shift() const { return scale_log2 >= 0 && scale_log2 <= 2 * kHeadroom; }
 
   // The kept exponentials of a row; null before the first that has some, which begins a tile.
   MODEST_ALIGN_METHOD Element* kept(int64_t row) const {

@@ -16,6 +16,8 @@ namespace modest_align::cuda {
 namespace {
 
 constexpr float kMinNorm = 1e-12f;
+// A row of finite features whose squares overflow is taken so many times: else it would count as a row of zeros.
+constexpr float kShrink = 0x1p-80f;
 
 template <typename T>
 __device__ float to_float(T value) {
@@ -69,7 +71,6 @@ __global__ void __launch_bounds__(256)
   if (row >= rows) return;  // a whole warp, or the whole block
   const T* from = x + row * row_stride;
   float values[kVectors][kVector];
-  float squares = 0.0f;
   if (aligned) {
 #pragma unroll
     for (int c = 0; c < kVectors; ++c) {
@@ -91,17 +92,28 @@ __global__ void __launch_bounds__(256)
       }
     }
   }
-  if (seed != nullptr) {
-    float std = *noise_std;
-    if (relative_noise) {
+  float taken = 1.0f;
+  const auto norm_of_values = [&] {
+    for (;;) {
+      float squares = 0.0f;
 #pragma unroll
       for (int c = 0; c < kVectors; ++c) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) squares = fmaf(values[c][i], values[c][i], squares);
       }
-      std *= sqrtf(row_sum<kThreads>(squares) / static_cast<float>(features));
-      squares = 0.0f;
+      const float norm = sqrtf(row_sum<kThreads>(squares));
+      if (norm < INFINITY || taken != 1.0f) return norm;  // all of the row's threads
+      taken = kShrink;
+#pragma unroll
+      for (int c = 0; c < kVectors; ++c) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[c][i] *= kShrink;
+      }
     }
+  };
+  if (seed != nullptr) {
+    float std = *noise_std;
+    if (relative_noise) std *= norm_of_values() / sqrtf(static_cast<float>(features));
 #pragma unroll
     for (int c = 0; c < kVectors; ++c) {
       const int feature = kVector * (c * kThreads + thread);
@@ -110,15 +122,10 @@ __global__ void __launch_bounds__(256)
       for (int i = 0; i < kVector; ++i) values[c][i] = feature + i < features ? values[c][i] : 0.0f;
     }
   }
-#pragma unroll
-  for (int c = 0; c < kVectors; ++c) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) squares = fmaf(values[c][i], values[c][i], squares);
-  }
-  const float norm = sqrtf(row_sum<kThreads>(squares));
+  const float norm = norm_of_values();
   // A NaN must come through, which a maximum would drop.
   const float inverse = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
-  if (thread == 0) inv_norm[row] = inverse;
+  if (thread == 0) inv_norm[row] = inverse * taken;
   const bool has_pair = row < pairs;
   float dot = 0.0f;
 #pragma unroll

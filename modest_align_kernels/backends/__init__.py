@@ -21,6 +21,8 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 LOG2E = math.log2(math.e)
 MIN_NORM = 1e-12
+# A row of finite features whose squares overflow float32 is taken so many times: else it would count as a row of zeros.
+SHRINK = 2.0**-80
 # exp2 arguments stay within [-126, 100] of float32: headroom for the sums above, no subnormal numbers below.
 HEADROOM = 100.0
 # A sum below 2^-80 has lost terms to underflow that could matter: then maxima are subtracted instead.

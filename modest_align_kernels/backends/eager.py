@@ -17,6 +17,7 @@ from modest_align_kernels.backends import (
     HEADROOM,
     LOG2E,
     MIN_NORM,
+    SHRINK,
     SMALLEST_LOG2_SUM,
     Backend,
     accumulate_matmul,
@@ -51,18 +52,29 @@ def perturb_normalize(a: PerturbNormalize) -> None:
     x, seed, noise_std, noise_stream, relative_noise, pair_hat, x_hat, inv_norm, pair_dot, first_row = a
     features, dtype = x.shape[1], inv_norm.dtype
     for i in blocks(x.shape[0], NORMALIZE_ROWS):
-        block = x[i].to(dtype)
+        block, norm, taken = _norms(x[i].to(dtype))
         if seed is not None and noise_std is not None:
             noise = gaussian_noise(seed, noise_stream, first_row + i.start, i.stop - i.start, features, dtype)
-            std = noise_std * block.square().mean(1, keepdim=True).sqrt() if relative_noise else noise_std
-            block = noise.mul_(std).add_(block)
-        norm = torch.linalg.vector_norm(block, dim=1)
-        inv_norm[i] = norm.clamp_min_(MIN_NORM).reciprocal_()
-        torch.mul(block, inv_norm[i, None], out=x_hat[i])
+            std = noise_std * (norm[:, None] * features**-0.5 if relative_noise else taken[:, None])
+            block, norm, again = _norms(noise.mul_(std).add_(block))
+            taken = taken * again
+        inverse = norm.clamp_min_(MIN_NORM).reciprocal_()
+        torch.mul(block, inverse[:, None], out=x_hat[i])
+        torch.mul(inverse, taken, out=inv_norm[i])
         if pair_hat is not None:
             pair_block = pair_hat[i].to(dtype)
             paired = slice(i.start, i.start + len(pair_block))
             torch.sum(x_hat[paired].to(dtype) * pair_block, dim=1, out=pair_dot[i])
+
+
+def _norms(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The block, its rows' norms, and how many times each row was taken, which the first two are to be divided by."""
+    norm = torch.linalg.vector_norm(block, dim=1)
+    if norm.device.type == "cpu" and bool((norm < math.inf).all()):
+        return block, norm, torch.ones_like(norm)
+    taken = torch.where(norm < math.inf, 1.0, SHRINK)
+    block = block * taken[:, None]
+    return block, torch.linalg.vector_norm(block, dim=1), taken
 
 
 def perturb_normalize_backward(a: PerturbNormalizeBackward, smoothed: SmoothedGradient | None) -> None:
@@ -153,8 +165,11 @@ def pair_losses(a: PairLosses, smoothed: SmoothedLosses | None) -> None:
         (row_negative_weight, row_negatives, True, x_hat, y_hat, row_ids, col_ids),
         (col_negative_weight, col_negatives, len(col_lse) > 0, y_hat, x_hat, paired_ids, row_ids),
     ):
+        if not wanted:  # else a NaN of one image would reach all, times 0
+            weight.zero_()
+            continue
         negatives.sub_(apart)
-        torch.reciprocal(negatives, out=weight).masked_fill_((negatives <= 0) | (not wanted), 0.0)
+        torch.reciprocal(negatives, out=weight).masked_fill_(negatives <= 0, 0.0)
         on_pair.add_(weight.sign()).addcmul_(apart, weight)
         own = negated_sums(other, None, other_ids, pairs)
         for i in blocks(pairs, NORMALIZE_ROWS):
@@ -261,7 +276,7 @@ def _shift(scale_log2: Tensor) -> Tensor | None:
 
     On a GPU the answer would be a host sync, so it is None there.
     """
-    if scale_log2.device.type != "cpu" or not float(scale_log2) <= 2 * HEADROOM:
+    if scale_log2.device.type != "cpu" or not 0 <= float(scale_log2) <= 2 * HEADROOM:
         return None
     return (scale_log2 - HEADROOM).clamp_min(0)
 

@@ -42,7 +42,7 @@ _SMALLEST_FACTOR = tl.constexpr(2.0**-126)
 @triton.jit
 def shift_of(k):
     """What all logits have subtracted: HEADROOM binades stay above it."""
-    return tl.maximum(k - HEADROOM, 0.0)
+    return tl.maximum(tl.abs(k) - HEADROOM, 0.0)
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def contrastive_stats_kernel(
     k = tl.load(scale) * LOG2E
 
     # One shift for the whole tile leaves HEADROOM binades above it, and sums, and 126 below it.
-    shift = tl.maximum(k - HEADROOM, 0.0)
+    shift = tl.maximum(tl.abs(k) - HEADROOM, 0.0)
     s = dot_tile(
         x_tile, y_tile, row, col, width,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_FEATURES, PRECISION,

@@ -17,6 +17,7 @@ from modest_align_kernels.backends.contract import PerturbNormalize, PerturbNorm
 from modest_align_kernels.backends.triton.group_sums import group_sums
 
 _MIN_NORM = tl.constexpr(backends.MIN_NORM)
+_SHRINK = tl.constexpr(backends.SHRINK)
 _LARGEST_INVERSE = tl.constexpr(1 / backends.MIN_NORM)
 _UNIFORM = tl.constexpr(2.0**-24)  # of 24 random bits
 _ANGLE = tl.constexpr(2 * math.pi * 2.0**-24)
@@ -54,6 +55,17 @@ def _box_muller(word0, word1):
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
+@triton.jit
+def _norms(value):
+    """The block, its rows' norms, and how many times each row was taken: SHRINK times where its squares overflow."""
+    norm = tl.sqrt(tl.sum(value * value, 1))
+    taken = tl.where(norm < float("inf"), 1.0, _SHRINK)
+    if tl.min(taken, 0) < 1.0:
+        value *= taken[:, None]
+        norm = tl.sqrt(tl.sum(value * value, 1))
+    return value, norm, taken
+
+
 # Numbers of rows are not specialised: the last, odd batch of an epoch must not compile anew.
 @triton.jit(do_not_specialize=["rows", "pairs", "noise_stream", "first_row"])
 def perturb_normalize_kernel(
@@ -82,19 +94,17 @@ def perturb_normalize_kernel(
     feature = tl.arange(0, BLOCK_FEATURES)
     inside = (row < rows)[:, None] & (feature < features)[None, :]
     offset = row[:, None] * row_stride + feature.to(tl.int64)[None, :] * feature_stride
-    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    value, norm, taken = _norms(tl.load(x + offset, mask=inside, other=0.0).to(tl.float32))
     if NOISE:
         group = tl.arange(0, BLOCK_FEATURES // 4)
         noise = _normal_noise(tl.load(seed), first_row + row[:, None], group[None, :], noise_stream)
         noise = tl.reshape(noise, (BLOCK_ROWS, BLOCK_FEATURES))
-        std = tl.load(noise_std)
-        if RELATIVE:
-            std = std * tl.sqrt(tl.sum(value * value, 1) / features)[:, None]
-        value += tl.where(inside, std * noise, 0.0)
-    norm = tl.sqrt(tl.sum(value * value, 1))
+        std = tl.load(noise_std) * (tl.sqrt(norm / features * norm) if RELATIVE else taken)[:, None]
+        value, norm, again = _norms(value + tl.where(inside, std * noise, 0.0))
+        taken *= again
     # A NaN must come through, which a maximum would drop; the constant is what the backward kernel compares with.
     inverse = tl.where(norm < _MIN_NORM, _LARGEST_INVERSE, 1.0 / norm)
-    tl.store(inv_norm + row, inverse, mask=row < rows)
+    tl.store(inv_norm + row, inverse * taken, mask=row < rows)
     rounded = (value * inverse[:, None]).to(x_hat.dtype.element_ty)
     place = row[:, None] * width + feature[None, :]
     in_width, has_pair = (feature < width)[None, :], row < pairs
