@@ -131,6 +131,13 @@ def test_commands_and_flags_exist(command: tuple[str, ...], capsys) -> None:
     assert set(flags) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
+def test_promises_name_tests_that_exist() -> None:
+    named = re.findall(r"`(\S+\.py)(?:::(\w+))?`", text_of(DOCS / "promises.md"))
+    assert named
+    for file, test in named:
+        assert re.search(rf"^def {test or 'test_'}", text_of(ROOT / "tests" / file), re.MULTILINE), (file, test)
+
+
 def test_targets_of_make_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
