@@ -67,10 +67,9 @@ MODEST_ALIGN_INLINE void gaussian_noise(uint64_t seed, int noise_stream, uint64_
   }
 }
 
-// The features [d, d + kChunk) of a row, `taken` times, with its noise; zero past D.
-template <class Input>
-MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, float taken, float std, int64_t d,
-                                     Vec (&chunk)[4]) {
+// The features [d, d + kChunk) of a row, kShrink times if they are `shrunk`, with its noise; zero past D.
+template <class Input, bool shrunk>
+MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, float std, int64_t d, Vec (&chunk)[4]) {
   const Input* x = static_cast<const Input*>(a.x) + row * a.row_stride;
   float noise[kChunk];
   if (a.seed) {
@@ -78,7 +77,8 @@ MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, flo
   }
   for (int v = 0; v < 4; ++v) {
     const int64_t c = d + v * kLanes;
-    chunk[v] = load_ragged(x, c, a.features) * taken;
+    chunk[v] = load_ragged(x, c, a.features);
+    if (shrunk) chunk[v] *= kShrink;
     if (!a.seed) continue;
     chunk[v] += load<Vec>(noise + v * kLanes) * std;
     for (int lane = 0; c + kLanes > a.features && lane < kLanes; ++lane) {
@@ -87,38 +87,35 @@ MODEST_ALIGN_INLINE void noisy_chunk(const PerturbNormalize& a, int64_t row, flo
   }
 }
 
-template <class Input>
-MODEST_ALIGN_INLINE float noise_std_of(const PerturbNormalize& a, int64_t row, float taken) {
-  if (!a.seed || !a.relative_noise) return a.seed ? *a.noise_std * taken : 0.0f;
+template <class Input, bool shrunk>
+MODEST_ALIGN_INLINE float noise_std_of(const PerturbNormalize& a, int64_t row) {
+  if (!a.seed || !a.relative_noise) return a.seed ? *a.noise_std * (shrunk ? kShrink : 1.0f) : 0.0f;
   const Input* x = static_cast<const Input*>(a.x) + row * a.row_stride;
   Vec squares = {};
   for (int64_t d = 0; d < a.features; d += kLanes) {
-    const Vec v = load_ragged(x, d, a.features) * taken;
+    Vec v = load_ragged(x, d, a.features);
+    if (shrunk) v *= kShrink;
     squares += v * v;
   }
   return *a.noise_std * static_cast<float>(__builtin_sqrt(sum(squares) / a.features));
 }
 
-template <class Input, class Output>
+template <class Input, class Output, bool shrunk = false>
 void normalize_row(const PerturbNormalize& a, int64_t row) {
   // A noisy row is kept, or drawn again if it is too long for the stack.
   float kept[kKept];
   const bool keep = a.seed && a.width <= kKept;
-  float std, norm, taken = 1.0f;
-  Vec chunk[4];
-  for (;; taken = kShrink) {
-    std = noise_std_of<Input>(a, row, taken);
-    Vec squares = {};
-    for (int64_t d = 0; d < a.width; d += kChunk) {
-      noisy_chunk<Input>(a, row, taken, std, d, chunk);
-      for (const Vec& v : chunk) squares += v * v;
-      if (keep) std::memcpy(kept + d, chunk, sizeof chunk);
-    }
-    norm = static_cast<float>(__builtin_sqrt(sum(squares)));
-    if (norm < __builtin_inff() || taken != 1.0f) break;
+  const float std = noise_std_of<Input, shrunk>(a, row);
+  Vec squares = {}, chunk[4];
+  for (int64_t d = 0; d < a.width; d += kChunk) {
+    noisy_chunk<Input, shrunk>(a, row, std, d, chunk);
+    for (const Vec& v : chunk) squares += v * v;
+    if (keep) std::memcpy(kept + d, chunk, sizeof chunk);
   }
+  const float norm = static_cast<float>(__builtin_sqrt(sum(squares)));
+  if (!shrunk && !(norm < __builtin_inff())) return normalize_row<Input, Output, true>(a, row);
   const float inverse = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
-  a.inv_norm[row] = inverse * taken;
+  a.inv_norm[row] = shrunk ? inverse * kShrink : inverse;
 
   Output* x_hat = static_cast<Output*>(a.x_hat) + row * a.width;
   const Output* pair_hat = row < a.pairs ? static_cast<const Output*>(a.pair_hat) + row * a.width : nullptr;
@@ -127,7 +124,7 @@ void normalize_row(const PerturbNormalize& a, int64_t row) {
     if (keep) {
       std::memcpy(chunk, kept + d, sizeof chunk);
     } else {
-      noisy_chunk<Input>(a, row, taken, std, d, chunk);
+      noisy_chunk<Input, shrunk>(a, row, std, d, chunk);
     }
     for (int v = 0; v < 4; ++v) {
       const int64_t c = d + v * kLanes;
