@@ -100,6 +100,9 @@ MODEST_ALIGN_INLINE float noise_std_of(const PerturbNormalize& a, int64_t row) {
   return *a.noise_std * static_cast<float>(__builtin_sqrt(sum(squares) / a.features));
 }
 
+template <class Input, class Output>
+void normalize_shrunk_row(const PerturbNormalize& a, int64_t row);
+
 template <class Input, class Output, bool shrunk = false>
 void normalize_row(const PerturbNormalize& a, int64_t row) {
   // A noisy row is kept, or drawn again if it is too long for the stack.
@@ -113,7 +116,7 @@ void normalize_row(const PerturbNormalize& a, int64_t row) {
     if (keep) std::memcpy(kept + d, chunk, sizeof chunk);
   }
   const float norm = static_cast<float>(__builtin_sqrt(sum(squares)));
-  if (!shrunk && !(norm < __builtin_inff())) return normalize_row<Input, Output, true>(a, row);
+  if (!shrunk && !(norm < __builtin_inff())) return normalize_shrunk_row<Input, Output>(a, row);
   const float inverse = 1.0f / (norm < kMinNorm ? kMinNorm : norm);
   a.inv_norm[row] = shrunk ? inverse * kShrink : inverse;
 
@@ -133,6 +136,12 @@ void normalize_row(const PerturbNormalize& a, int64_t row) {
     }
   }
   if (pair_hat) a.pair_dot[row] = static_cast<float>(sum(dot));
+}
+
+// Out of line: inlined it halves the speed of the usual way.
+template <class Input, class Output>
+__attribute__((noinline, cold)) void normalize_shrunk_row(const PerturbNormalize& a, int64_t row) {
+  normalize_row<Input, Output, true>(a, row);
 }
 
 // The other side's sums, for the smoothing.
