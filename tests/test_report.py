@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -268,6 +270,25 @@ def test_half_a_line_at_the_end_of_the_log_is_left_out(root):
     with (root / "plain" / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 8, "lo')
     assert "Training loss" in page_of([root / "plain"], root)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_is_told_without_a_write_into_the_repository(tmp_path, monkeypatch):
+    """Git stored its index anew; on a full disk it left a lock behind, with which no commit could be made."""
+    file = tmp_path / "report.py"
+    monkeypatch.setattr(report_module, "__file__", str(file))
+    assert report_module._commit() is None
+    file.write_text("one")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    os.utime(file, (1, 1))
+    index = (tmp_path / ".git" / "index").read_bytes()
+    commit = report_module._commit()
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    file.write_text("two")
+    assert report_module._commit() == f"{commit}-dirty"
+    assert (tmp_path / ".git" / "index").read_bytes() == index
 
 
 def test_a_failed_page_leaves_the_old_one(root, monkeypatch):

@@ -131,6 +131,35 @@ def test_ctrl_c_stops_every_process_and_starts_no_other_run(tmp_path, settings):
     assert len(list((tmp_path / "tuned").glob("runs/*"))) <= os.cpu_count()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks ps for a session's processes")
+def test_a_tuning_that_is_killed_leaves_no_process_behind(tmp_path, settings):
+    (tmp_path / "long.toml").write_text("steps = 1000000\nbatch_size = 32\nembedding_dim = 16\ndevice = 'cpu'\n")
+    command = ["tune", settings.latents, tmp_path / "tuned", "--config", tmp_path / "long.toml"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modest_align_train", *map(str, command)], stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+
+    def alive() -> list[str]:
+        listed = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True, text=True)
+        return [state for state in listed.stdout.split() if not state.startswith("Z")]
+
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list((tmp_path / "tuned").glob("runs/*/log.jsonl")):
+            time.sleep(0.2)
+        assert len(alive()) > 1
+        process.kill()
+        process.wait()
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert alive() == []
+    finally:
+        if alive():
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_the_test_split_is_not_looked_at(tmp_path, settings, inline):
     rows = tune(settings, noise=[0.02], seeds=1, progress=False).rows
     data = load_latents(settings.latents)

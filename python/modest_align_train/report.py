@@ -224,15 +224,15 @@ def _versions() -> dict[str, str]:
 def _commit() -> str | None:
     """Commit of the checkout that this file is tracked in, if it is in one."""
     here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
+
+    def git(*words: str) -> str:
+        # Git would store what it saw of the files, in a repository that is none of our business.
+        command = ["git", "-C", str(here.parent), "--no-optional-locks", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=12"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        git("ls-files", "--error-unmatch", here.name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("describe", "--always", "--abbrev=12") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()

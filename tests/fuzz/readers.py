@@ -162,6 +162,13 @@ def seeds(target: str) -> list[bytes]:
         }
         suffixes = list(tables.READERS)
         found = [bytes([suffixes.index(suffix)]) + content.encode() for suffix, content in contents.items()]
+        with contextlib.suppress(ImportError):
+            import pyarrow.parquet
+
+            file = io.BytesIO()
+            images = [{"bytes": b"x", "path": None}, {"bytes": None, "path": "b.png"}]
+            pyarrow.parquet.write_table(pyarrow.table({"image": images, "caption": ["one", "two"]}), file)
+            found.append(bytes([suffixes.index(".parquet")]) + file.getvalue())
         json_byte = bytes([suffixes.index(".json")])
         return found + [json_byte + json.dumps(one).encode() for one in (coco, {"images": [karpathy]})]
     if target == "webdataset":
