@@ -150,6 +150,9 @@ class ModestAlignLoss(nn.Module):
 
     @logit_scale.setter
     def logit_scale(self, value: Tensor | float | None) -> None:
+        self._set_logit_scale(value)
+
+    def _set_logit_scale(self, value: Tensor | float | None) -> None:
         if self.log_scale is None:
             self.fixed_scale = value
         else:
@@ -162,13 +165,18 @@ class ModestAlignLoss(nn.Module):
         return scale
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "logit_scale":  # PyTorch 2.11's compiler calls no setter before the compiled code has run
+            self._set_logit_scale(value)
+            return
         if name not in _STATE:
             super().__setattr__(name, value)
             return
         if value is not None or name != "fixed_scale":
             check_number(_STATE[name], value)
-        if hasattr(self, name):
-            delattr(self, name)  # a number takes a tensor's place, or a tensor a number's
+        # A number takes a tensor's place, or a tensor a number's. A number that is only replaced is not looked at:
+        # PyTorch's compiler would guard on it, up to 2.12.
+        if name in self._buffers or name in self._parameters or (isinstance(value, Tensor) and name in self.__dict__):
+            delattr(self, name)
         if isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
