@@ -2,8 +2,9 @@
 
 The bound is no tolerance. With unit roundings u of the operands and of float32, a logit is off by at most
 
-    delta = scale * (2 u_operand + (8 + 2 sqrt(D)) u_float32)
+    delta = scale * ((1 + u_operand)^2 - 1 + (8 + 2 sqrt(D)) u_float32)
 
+(a third power where ``eager`` has PyTorch round products to bfloat16)
 of which a pair's loss, and its smoothing's slope, see at most twice as much, and a probability a factor exp(2 delta).
 A row's gradient is a sum of probabilities times unit rows, and its bound is that factor times the sum of their sizes.
 The positive's part counts as 1 - p: rows that are nearly right are held to an error relative to what is left.
@@ -222,9 +223,12 @@ class Rounding:
         operands = torch.finfo(operand_dtype(case.dtype, CPU, case.backend)).eps / 2
         self.case, self.result = case, torch.finfo(case.dtype)
         self.accumulated = (torch.finfo(torch.float64) if case.dtype == torch.float64 else FLOAT32).eps / 2
-        self.delta = case.scale * (2 * operands + (8 + 2 * case.features**0.5) * self.accumulated)
+        # Of a sum over the features: norms, dot products, and the gradient's along its row, which is taken away.
+        summed = (8 + 2 * case.features**0.5) * self.accumulated
+        factors = 3 if case.backend == "eager" and case.dtype == torch.bfloat16 else 2
+        self.delta = case.scale * ((1 + operands) ** factors - 1 + summed)
         # Of a probability, and of what it is multiplied with.
-        self.factor = math.expm1(min(2 * self.delta, 50.0)) + 4 * operands + 8 * self.accumulated
+        self.factor = math.expm1(min(2 * self.delta, 50.0)) + 4 * operands + summed
         self.truth = 64 * torch.finfo(torch.float64).eps * (1 + case.scale)  # for weights of 1
         self.smallest = 0.0 if case.dtype == torch.float64 else FLOAT32.smallest_normal
 
@@ -280,6 +284,7 @@ class Bounds(Rounding):
         if case.symmetric:
             square = slice(None), slice(0, rows)
             terms[square] += sizes(logits[square].T, negative[square].T, positive[square].T)[0].T
+        self.terms = self.gradients(x, terms.sum(1))
         # A sum over negatives is that of all less that of the own group, which may weigh more by far.
         of_sums = 8 * self.accumulated * case.smoothing * share.sum() + self.truth
         # However wrong the logits are, a softmax is one.
@@ -298,7 +303,7 @@ class Bounds(Rounding):
 
 
 BINS = (0.0, 0.5, 0.9, 0.999, math.inf)
-LEVELS = torch.tensor((0.5, 0.99, 1.0), dtype=torch.float64)
+LEVELS = torch.tensor((0.5, 0.9, 1.0), dtype=torch.float64)
 
 
 class Seen:
@@ -315,13 +320,12 @@ class Seen:
         self.shares[name] = max(self.shares.get(name, 0.0), share)
 
     def add(self, key: str, name: str, ours: Tensor, plain: Tensor, confidence: Tensor) -> None:
-        """Relative errors of rows."""
         for low, high in itertools.pairwise(BINS):
             rows = (confidence >= low) & (confidence < high)
             self.errors.setdefault((key, name, low), []).append((ours[rows], plain[rows]))
 
     def table(self) -> Iterator[tuple[str, str, float, int, Tensor, Tensor]]:
-        """Dtype, quantity, bin, rows, ours and the plain loss's: median, 99th percentile, worst."""
+        """Dtype, quantity, bin, rows, ours and the plain loss's: median, 90th percentile, worst."""
         for (key, name, low), pairs in sorted(self.errors.items()):
             ours, plain = (torch.cat(side) for side in zip(*pairs, strict=True))
             if len(ours):
@@ -349,16 +353,16 @@ def check(case: Hostile, seen: Seen) -> None:
 
 
 def add_errors(case: Hostile, seen: Seen, bounds: Bounds, truth: dict, ours: dict, plain: dict) -> None:
-    """Of rows whose gradient is more than rounding."""
-    expected = truth["image_features"]
-    size = expected.norm(dim=1)
-    told = size > bounds.accumulated * case.scale / case.rows
-    errors = [((side["image_features"].double() - expected).norm(dim=1) / size)[told] for side in (ours, plain)]
+    """Of losses, and of gradients that do not underflow beside their terms' sizes, in roundings of a logit."""
+    rounding = bounds.accumulated * (1 + case.scale)
     key = f"{case.dtype}".removeprefix("torch.")
+    errors = [(side["image_features"].double() - truth["image_features"]).norm(dim=1) for side in (ours, plain)]
+    told = bounds.terms > bounds.result.smallest_normal / bounds.result.eps
+    errors = [(e / bounds.terms / rounding)[told] for e in errors]
     seen.add(key, "image_features", *errors, bounds.confidence[told])
     if case.reduction == "none":
-        errors = [(side["loss"].double() - truth["loss"]).abs() / max(case.scale, 1) for side in (ours, plain)]
-        seen.add(key, "loss / max(scale, 1)", *errors, bounds.confidence)
+        errors = [(side["loss"].double() - truth["loss"]).abs() for side in (ours, plain)]
+        seen.add(key, "loss", *(e / rounding for e in errors), bounds.confidence)
 
 
 def check_logsumexp(case: Hostile, seen: Seen) -> None:
@@ -454,6 +458,22 @@ def test_every_logsumexp_is_within_its_bound() -> None:
     job(check_logsumexp, 90)
 
 
+@pytest.mark.parametrize(
+    ("run", "dtype", "rows", "features", "scale", "strides", "seed"),
+    [
+        ("eager", torch.bfloat16, 15, 8, 10**1.5, "overlapping", 321666),
+        ("eager", torch.bfloat16, 16, 64, 10**2.75, "overlapping", 0),
+        (RUNS[-1], torch.float32, 1, 130, 0.001, "contiguous", 0),
+    ],
+)
+def test_rows_whose_rounding_is_the_worst_that_can_be(run, dtype, rows, features, scale, strides, seed) -> None:
+    case = Hostile(
+        run=run, dtype=dtype, rows=rows, extra=17, features=features, scale=scale, smoothing=0.0, geometry="constant",
+        changed=(), groups="none", weights="none", reduction="mean", symmetric=False, strides=strides, seed=seed,
+    )  # fmt: skip
+    check_logsumexp(case, Seen())
+
+
 def test_what_is_not_finite_is_nan_where_the_plain_loss_has_it() -> None:
     job(check_not_finite, 60)
 
@@ -471,9 +491,9 @@ def test_thousands_of_cases_and_the_plain_loss_beside_them() -> None:
     for dtype, name, low, rows, ours, plain in seen.table():
         numbers = " ".join(f"{value:.1e}" for value in (*ours, *plain))
         print(f"{dtype} {name}, confidence from {low}: {rows} rows, ours and plain: {numbers}")
-        # The worst row is held to its bound: of a gradient that nearly cancels, either's may be all rounding.
+        # The worst row is held to its bound.
         if rows >= 100:
-            assert (ours <= 2 * plain + 4 * FLOAT32.eps)[:2].all(), (dtype, name, low)
+            assert (ours <= 2 * plain + 1)[:2].all(), (dtype, name, low)
 
 
 @pytest.mark.slow
