@@ -349,15 +349,15 @@ def check(case: Hostile, seen: Seen) -> None:
     usual = case.geometry in ("random", "pairs") and not case.changed and case.weights == "none"
     if usual and case.features >= 8 and case.scale <= 200 and case.dtype != torch.float64:
         plain = results(reference.modest_align_loss, x, y, case, options, upstream)
-        add_errors(case, seen, bounds, truth, ours, plain)
+        add_errors(case, x, seen, bounds, truth, ours, plain)
 
 
-def add_errors(case: Hostile, seen: Seen, bounds: Bounds, truth: dict, ours: dict, plain: dict) -> None:
-    """Of losses, and of gradients that do not underflow beside their terms' sizes, in roundings of a logit."""
+def add_errors(case: Hostile, x: Tensor, seen: Seen, bounds: Bounds, truth: dict, ours: dict, plain: dict) -> None:
+    """Of losses, and of gradients beside their terms' sizes, in roundings of a logit."""
     rounding = bounds.accumulated * (1 + case.scale)
     key = f"{case.dtype}".removeprefix("torch.")
     errors = [(side["image_features"].double() - truth["image_features"]).norm(dim=1) for side in (ours, plain)]
-    told = bounds.terms > bounds.result.smallest_normal / bounds.result.eps
+    told = bounds.terms * rounding > bounds.gradients(x, bounds.truth)  # else the truth is not exact enough
     errors = [(e / bounds.terms / rounding)[told] for e in errors]
     seen.add(key, "image_features", *errors, bounds.confidence[told])
     if case.reduction == "none":
