@@ -33,7 +33,7 @@ PERSISTENT = ("persistent_grads_kernel", "rare_grads_kernel")
 BARRIERS_AND_LOADS = {
     ("contrastive_grads_kernel", "float16"): (14, 50),
     ("contrastive_grads_kernel", "float32"): (22, 30),
-    ("contrastive_stats_kernel", "float16"): (67, 33),
+    ("contrastive_stats_kernel", "float16"): (71, 33),
     ("contrastive_stats_kernel", "float32"): (81, 18),
 }
 
