@@ -163,7 +163,8 @@ def test_time_grows_with_the_rows_only(tmp_path):
         return time.process_time() - started
 
     seconds(1000)
-    assert seconds(64_000) < 64 * seconds(4_000)  # 16 times the rows
+    many, few = (min(seconds(rows) for _ in range(3)) for rows in (64_000, 4_000))  # a machine may be busy
+    assert many < 64 * few  # 16 times the rows
 
 
 @pytest.mark.parametrize(
