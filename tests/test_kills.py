@@ -29,7 +29,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         fusemix_alpha=0.5,
     )  # fmt: skip
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modest_align_train.train"])  # so that a process starts in no time
+    # so that a process starts in no time
+    context.set_forkserver_preload(["modest_align_train.train", "torch.utils.tensorboard"])
 
     def start(output: Path) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=train_in_one_thread, args=(replace(settings, output=output),))
@@ -46,9 +47,13 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     moments = random.Random(0)
     found = {"kills": 0, "before the first checkpoint": 0, "while a file was written": 0, "runs": 0}
     run = settings.output
-    while found["kills"] < KILLS or run.exists():
+
+    def enough() -> bool:
+        return found["kills"] >= KILLS and (found["while a file was written"] > 0 or found["kills"] >= 5 * KILLS)
+
+    while not enough() or run.exists():
         process = start(run)
-        process.join(moments.uniform(0, life / 2) if found["kills"] < KILLS else None)
+        process.join(None if enough() else moments.uniform(0, life))
         process.kill()  # SIGKILL; one that has ended does not mind
         process.join()
         if process.exitcode == 0:
@@ -62,6 +67,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         found["while a file was written"] += any(run.glob(".*.tmp"))
     print(json.dumps(found))
     assert found["while a file was written"]
+    assert found["before the first checkpoint"] < KILLS / 2
 
 
 @pytest.mark.skipif(
